@@ -1,0 +1,18 @@
+"""The methods: each a module with the same three functions.
+
+`jacobian(problem, batch, rows=None, into=None)`
+    One block `(B, len(rows), *leaf)` per leaf of the problem, in the order of `problem.leaves`. `rows` is a range
+    of the problem's output rows (None for all). `into`, where given, holds one preallocated tensor per leaf to write to
+    and return. A method that keeps factors may return a `Block` in a leaf's place when `into` is None.
+
+`vjp(problem, batch, cotangents, per_sample=True)`
+    `cotangents` is `(K, B, rows)`. One tensor per leaf: `(K, B, *leaf)` for inputs and hidden points; for parameters
+    `(K, B, *param)` with `per_sample`, else `(K, *param)` summed over the batch. Never builds the Jacobian.
+
+`jvp(problem, batch, tangents)`
+    `tangents` holds one `(K, B, *leaf)` per leaf. Returns `(K, B, rows)`.
+
+All three are called inside `problem.session()`, with `batch` from `resolve.place`. `refuse(problem)` gives a reason
+why the method cannot serve the problem, known from its shape alone, or the empty string; what only shows in the
+running raises `MethodError`.
+"""

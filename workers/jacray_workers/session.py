@@ -1,0 +1,122 @@
+"""Run a model without leaving a trace in it: every change that a computation needs is undone when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_GUARD = threading.Lock()
+_OWN = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+
+
+def lock_of(module: nn.Module) -> threading.RLock:
+    """One lock per module: two threads must not switch its mode under each other."""
+    with _GUARD:
+        return _LOCKS.setdefault(module, threading.RLock())
+
+
+@contextlib.contextmanager
+def session(module: nn.Module, *, training: bool, tf32: bool, seed: int) -> Iterator[None]:
+    """Hold the module in the state that derivatives need; restore the caller's state on the way out.
+
+    Inside: train or eval mode as asked, parameters without `requires_grad`, gradients recorded whatever the caller
+    has switched off, no autocast, no fused attention fast path, TF32 as asked, the seed set. Restored after:
+    all of these, the modules' attributes, the tables of parameters, buffers and hooks, and the state of torch's
+    random generators.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock_of(module))
+        stack.enter_context(_kept_attributes(module))
+        stack.enter_context(_kept_requires_grad(module))
+        stack.enter_context(_fast_path_off())
+        stack.enter_context(_tf32(tf32))
+        stack.enter_context(_kept_rng())
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        module.train(training)
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _kept_attributes(module: nn.Module) -> Iterator[None]:
+    """Shallow copies of each submodule's attributes: counters, caches and hook tables come back as they were."""
+    saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[Any, Any]]]] = [
+        (m, dict(m.__dict__), {name: dict(m.__dict__[name]) for name in _OWN if name in m.__dict__})
+        for m in module.modules()
+    ]
+    try:
+        yield
+    finally:
+        for m, attributes, tables in saved:
+            if not _same(m.__dict__, attributes):
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
+            for name, table in tables.items():
+                current = m.__dict__[name]
+                if not _same(current, table):
+                    current.clear()
+                    current.update(table)
+
+
+def _same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    """The same keys in the same order with identical values; equality would ask tensors for a truth value."""
+    return list(now) == list(before) and all(now[key] is before[key] for key in now)
+
+
+@contextlib.contextmanager
+def _kept_requires_grad(module: nn.Module) -> Iterator[None]:
+    on = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
+    for p in on:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in on:
+            p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _fast_path_off() -> Iterator[None]:
+    """The fused encoder layer records no gradient, and its check for one looks at parameters we have detached."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    if not torch.cuda.is_available():
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32, cudnn.allow_tf32 = allowed, allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def _kept_rng() -> Iterator[None]:
+    cpu = torch.get_rng_state()
+    gpus: list[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
