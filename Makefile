@@ -1,0 +1,75 @@
+# `make demo` and `make test` work on a machine that has Python 3.11 or newer, make and a package index. Both use
+# .venv. The stamps inside it remember what is installed, so a second run installs nothing, while a changed
+# pyproject.toml or constraints.txt installs again.
+
+# Candidates, best first. The system's python3 is usually the one with working SSL and venv, hence its place.
+# To choose: make demo PYTHON=/path/to/python
+PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
+
+BIN := .venv/bin
+RUNTIME := .venv/.runtime-installed
+DEV := .venv/.dev-installed
+
+# Debian splits ensurepip off, and a venv made without it has no pip. Version managers put names on the path that
+# do not run. So a candidate counts only when it runs, is new enough and can make a venv.
+USABLE := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+
+# --no-build-isolation with hatchling installed first: the build backend is then pinned as well, and a
+# reinstall after an edit of pyproject.toml needs no download.
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(RUNTIME)  ## compute Jacobians of the digits classifier on a local Ray
+	$(BIN)/jacray run configs/digits.yaml
+
+test: lint  ## lint, format check, types, and all tests but the slow ones
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint  ## the same with the slow tests
+	$(BIN)/pytest
+
+lint: $(DEV)  ## ruff's checks, ruff's format check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV)  ## rewrite the sources as ruff wants them
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+wheel: $(DEV)  ## build dist/jacray-*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:  ## remove builds and caches; .venv and runs stay (`rm -rf .venv` starts afresh)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find benchmarks configs service tests workers -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(RUNTIME): pyproject.toml constraints.txt
+	@$(BIN)/python $(USABLE) || { \
+		found=; \
+		for candidate in $(PYTHON); do \
+			if $$candidate $(USABLE); then found=$$candidate; break; fi; \
+		done; \
+		if [ -z "$$found" ]; then \
+			echo "jacray needs Python 3.11 or newer with the venv and ensurepip modules; none of these is: $(PYTHON)." >&2; \
+			echo "Install one (on Debian and Ubuntu also the package python3-venv), or name it: make PYTHON=/path/to/python" >&2; \
+			exit 1; \
+		fi; \
+		echo "Making .venv with $$($$found --version)."; \
+		$$found -m venv --clear .venv; \
+	}
+	@echo "Installing jacray and its pinned dependencies into .venv. The first time takes 2 to 10 minutes, mostly for torch; later runs skip this."
+	@$(INSTALL) hatchling
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	@echo "Installing the tools for tests, lint and types into .venv. The first time takes about a minute; later runs skip this."
+	@$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
