@@ -16,8 +16,8 @@ USABLE := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))'
 
 # --no-build-isolation with hatchling installed first: the build backend is then pinned as well, and a
 # reinstall after an edit of pyproject.toml needs no download.
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
-INSTALL := $(PIP) install --constraint constraints.txt
+# -qq: errors only. One --quiet still prints a warning per package on machines with several package sources.
+INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format wheel clean
@@ -64,7 +64,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 		echo "Making .venv with $$($$found --version)."; \
 		$$found -m venv --clear .venv; \
 	}
-	@echo "Installing jacray and its pinned dependencies into .venv. The first time takes 2 to 10 minutes, mostly for torch; later runs skip this."
+	@echo "Installing jacray and its pinned dependencies into .venv. The first time takes 1 to 10 minutes, mostly for torch; later runs skip this."
 	@$(INSTALL) hatchling
 	@$(INSTALL) --no-build-isolation --editable .
 	@touch $@
