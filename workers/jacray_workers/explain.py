@@ -7,13 +7,14 @@ from jacray_workers.plan import Candidate, Plan
 
 def explain_plan(plan: Plan) -> str:
     """The plan as a short text with a table of methods."""
+    chunks = f"{plan.chunk_size:,} samples, {plan.row_chunk:,} rows at a time"
+    shards = f"{plan.shard_count:,} shard{'s' * (plan.shard_count > 1)} of up to {plan.shard_size:,} samples"
+    memory = f"{size(plan.bytes_out)} out; {size(plan.peak_bytes)} at the peak"
     lines = [
         f"{plan.samples:,} samples x {plan.rows:,} output rows, {plan.dtype} on {plan.device}",
         f"method    {plan.method}: {plan.reason}",
-        f"chunks    {plan.chunk_size:,} samples, {plan.row_chunk:,} rows at a time;"
-        f" {plan.shard_count:,} shards of up to {plan.shard_size:,} samples",
-        f"memory    {size(plan.bytes_out)} out; {size(plan.peak_bytes)} at the peak,"
-        f" within a budget of {size(plan.budget_bytes)}",
+        f"chunks    {chunks}; {shards}",
+        f"memory    {memory}, within a budget of {size(plan.budget_bytes)}",
     ]
     lines += [f"cut       {cut}" for cut in plan.cuts]
     lines += [f"result    {a.key}: {list(a.shape)} {a.dtype}{' in factors' if a.factored else ''}" for a in plan.arrays]

@@ -20,7 +20,7 @@ def find_module(module: nn.Module, name: str, argument: str) -> nn.Module:
     Raises:
         RequestError: there is none; the nearest name is proposed.
     """
-    known = dict(module.named_modules())
+    known: dict[str, nn.Module] = dict(module.named_modules())
     if name not in known or not name:
         raise RequestError(argument, "names no submodule of the model", name, nearest(name, filter(None, known)))
     return known[name]
@@ -47,9 +47,9 @@ def hidden_points(
         target = find_module(module, point.module, "wrt" if point in replace else "outputs")
         hook = _hook(point, replace.get(point), captured if point == capture else None, seen)
         if point.side == "output":
-            handles.append(target.register_forward_hook(hook, always_call=False, with_kwargs=True))  # type: ignore[arg-type]
+            handles.append(target.register_forward_hook(hook, always_call=False, with_kwargs=True))
         else:
-            handles.append(target.register_forward_pre_hook(_before(hook), with_kwargs=True))  # type: ignore[arg-type]
+            handles.append(target.register_forward_pre_hook(_before(hook), with_kwargs=True))
     try:
         yield captured
     finally:
@@ -59,9 +59,11 @@ def hidden_points(
         if seen.get(point.key) != 1:
             times = seen.get(point.key, 0)
             raise ModelError(
-                f"module {point.module}", "must be called exactly once per pass to stand for a point of the model",
-                f"{times} calls", "name a module that is called once",
-            )  # fmt: skip
+                f"module {point.module}",
+                "must be called exactly once per pass to stand for a point of the model",
+                f"{times} calls",
+                "name a module that is called once",
+            )
 
 
 def _hook(point: ModulePoint, value: Tensor | None, captured: dict[str, Tensor] | None, seen: dict[str, int]) -> Any:
@@ -70,7 +72,9 @@ def _hook(point: ModulePoint, value: Tensor | None, captured: dict[str, Tensor] 
         leaves, spec = pytree.tree_flatten(passing)
         first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
         if first is None:
-            raise ModelError(f"module {point.module}", f"must pass a tensor at its {point.side}", type(passing).__name__)
+            raise ModelError(
+                f"module {point.module}", f"must pass a tensor at its {point.side}", type(passing).__name__
+            )
         if value is not None:
             leaves[first] = value
         if captured is not None:

@@ -12,9 +12,19 @@ from jacray_workers.validation import explain
 
 Method = Literal["auto", "reverse", "forward", "backward_loop", "layerwise", "chain"]
 Return = Literal[
-    "outputs", "jacobian", "weighted_gradient", "jvp", "mean_jacobian", "norms", "singular_values",
-    "logabsdet", "gram", "ntk", "ggn", "fisher",
-]  # fmt: skip
+    "outputs",
+    "jacobian",
+    "weighted_gradient",
+    "jvp",
+    "mean_jacobian",
+    "norms",
+    "singular_values",
+    "logabsdet",
+    "gram",
+    "ntk",
+    "ggn",
+    "fisher",
+]
 METHODS: tuple[str, ...] = get_args(Method)
 RETURNS: tuple[str, ...] = get_args(Return)
 DTYPES = ("float64", "float32", "bfloat16", "float16")

@@ -41,10 +41,22 @@ def resolve(model: Any, inputs: Any, request: Request) -> tuple[Problem, list[Te
     if point is not None:
         find_module(module, point.module, "outputs")
     problem = Problem(
-        module=module, call=call, leaves=(), outs=(), rows=0, tensors=_moved(module, device, cast), device=device,
-        dtype=torch.float32, training=request.training, tf32=request.tf32, seed=request.seed, wrt_tree=None,
-        out_tree=None, point=point, cast=cast,
-    )  # fmt: skip
+        module=module,
+        call=call,
+        leaves=(),
+        outs=(),
+        rows=0,
+        tensors=_moved(module, device, cast),
+        device=device,
+        dtype=torch.float32,
+        training=request.training,
+        tf32=request.tf32,
+        seed=request.seed,
+        wrt_tree=None,
+        out_tree=None,
+        point=point,
+        cast=cast,
+    )
     batch = place(problem, [leaf[:1] for leaf in leaves])
     with problem.session():
         before = torch.get_rng_state()
@@ -56,9 +68,16 @@ def resolve(model: Any, inputs: Any, request: Request) -> tuple[Problem, list[Te
     rows = sum(len(out.rows) for out in outs)
     notes = (*out_notes, *wrt_notes)
     resolved = replace(
-        problem, leaves=wrt, outs=outs, rows=rows, dtype=kept, wrt_tree=wrt_tree, out_tree=out_tree, random=random,
+        problem,
+        leaves=wrt,
+        outs=outs,
+        rows=rows,
+        dtype=kept,
+        wrt_tree=wrt_tree,
+        out_tree=out_tree,
+        random=random,
         notes=notes,
-    )  # fmt: skip
+    )
     return resolved, leaves
 
 
@@ -75,9 +94,11 @@ def run_model(problem: Problem, batch: Sequence[Tensor]) -> Any:
     except Exception as error:
         shapes = ", ".join(f"{tuple(leaf.shape)} {str(leaf.dtype)[6:]}" for leaf in batch)
         raise ModelError(
-            "model", f"must accept the inputs, but raised {type(error).__name__}: {error}", f"a batch of {shapes}",
+            "model",
+            f"must accept the inputs, but raised {type(error).__name__}: {error}",
+            f"a batch of {shapes}",
             _hint(error),
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _hint(error: Exception) -> str:
@@ -188,14 +209,18 @@ def _sample_shape(tensor: Tensor, label: str, samples: int) -> tuple[int, ...]:
         return ()
     if tensor.dim() == 0:
         raise ModelError(
-            "model", f"must keep the batch as the first axis of {label}", "a scalar for the whole batch",
+            "model",
+            f"must keep the batch as the first axis of {label}",
+            "a scalar for the whole batch",
             "reduce over the other axes only, as in y.mean(dim=-1), so that every sample has its own output",
-        )  # fmt: skip
+        )
     if tensor.shape[0] != 1:
         raise ModelError(
-            "model", f"must keep the batch as the first axis of {label}",
-            f"shape {tuple(tensor.shape)} for a batch of one", "put the batch first and keep its size",
-        )  # fmt: skip
+            "model",
+            f"must keep the batch as the first axis of {label}",
+            f"shape {tuple(tensor.shape)} for a batch of one",
+            "put the batch first and keep its size",
+        )
     return tuple(tensor.shape[1:])
 
 
@@ -203,7 +228,9 @@ def _picks(choice: Any, names: list[str], found: list[Any]) -> dict[int, tuple[i
     """For each output leaf that was chosen, the flat indices into it, or None for all."""
     if choice is None:
         return dict.fromkeys(range(len(names)), None)
-    if isinstance(choice, str) or (isinstance(choice, list | tuple) and choice and all(isinstance(c, str) for c in choice)):
+    if isinstance(choice, str) or (
+        isinstance(choice, list | tuple) and choice and all(isinstance(c, str) for c in choice)
+    ):
         wanted = [choice] if isinstance(choice, str) else choice
         return {_name_index(name, names): None for name in wanted}
     if isinstance(choice, Mapping):
@@ -214,16 +241,23 @@ def _picks(choice: Any, names: list[str], found: list[Any]) -> dict[int, tuple[i
     floats = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.dtype in _FLOATS]
     if len(floats) > 1:
         raise RequestError(
-            "outputs", "must say which output the indices are for, as the model returns several", choice,
+            "outputs",
+            "must say which output the indices are for, as the model returns several",
+            choice,
             f"write {{{names[floats[0]]}: [...]}}; known outputs: {', '.join(names)}",
-        )  # fmt: skip
+        )
     return {floats[0]: _indices(choice, found[floats[0]], "outputs")} if floats else {}
 
 
 def _name_index(name: str, names: list[str]) -> int:
     if name not in names:
         known = [n for n in names if n]
-        raise RequestError("outputs", "names no output of the model", name, nearest(name, known) if known else "it returns one bare tensor")
+        raise RequestError(
+            "outputs",
+            "names no output of the model",
+            name,
+            nearest(name, known) if known else "it returns one bare tensor",
+        )
     return names.index(name)
 
 
@@ -281,8 +315,11 @@ class _Finder:
     def _add(self, leaf: Leaf) -> int:
         for i, known in enumerate(self.leaves):
             if (known.side, known.index, known.name, known.key if leaf.side == "module" else "") == (
-                leaf.side, leaf.index, leaf.name, leaf.key if leaf.side == "module" else "",
-            ):  # fmt: skip
+                leaf.side,
+                leaf.index,
+                leaf.name,
+                leaf.key if leaf.side == "module" else "",
+            ):
                 return i
         self.leaves.append(leaf)
         return len(self.leaves) - 1
@@ -300,7 +337,11 @@ class _Finder:
         names = self.problem.call.names
         index = self.problem.call.index(target.removeprefix("inputs."))
         if index is None:
-            way_out = nearest(target, [f"inputs.{n}" for n in names]) if any(names) else "the input is one bare tensor: use inputs"
+            way_out = (
+                nearest(target, [f"inputs.{n}" for n in names])
+                if any(names)
+                else "the input is one bare tensor: use inputs"
+            )
             raise RequestError("wrt", "names no input", target, way_out)
         if not self._is_float(index):
             raise _integer(self.problem.module, target, self.batch[index])
@@ -318,7 +359,9 @@ class _Finder:
         canonical = {id(p): name for name, p in module.named_parameters()}
         everything = [(n, p) for n, p in module.named_parameters(remove_duplicate=False) if p.dtype in _FLOATS]
         if not everything:
-            raise RequestError("wrt", "the model has no parameters", pattern, "use wrt='inputs', or pass the nn.Module itself")
+            raise RequestError(
+                "wrt", "the model has no parameters", pattern, "use wrt='inputs', or pass the nn.Module itself"
+            )
         if pattern == "params":
             chosen = [(n, p) for n, p in everything if canonical[id(p)] == n]
         else:
@@ -328,9 +371,11 @@ class _Finder:
             chosen = [(n, p) for n, p in hits if canonical[id(p)] == n or canonical[id(p)] not in names]
         if not chosen:
             raise RequestError(
-                "wrt", "is neither inputs nor a glob that matches a parameter", pattern,
+                "wrt",
+                "is neither inputs nor a glob that matches a parameter",
+                pattern,
                 nearest(pattern, ["inputs", "params", *(n for n, _ in everything)]),
-            )  # fmt: skip
+            )
         tensors = self.problem.tensors
         found = {}
         for name, parameter in chosen:
@@ -344,10 +389,13 @@ class _Finder:
         probe = Leaf(point.key, "module", (), torch.float32, name=point.module)
         value = replace(self.problem, leaves=(probe,)).values(self.batch)[0]
         if value.dtype not in _FLOATS:
-            raise RequestError("wrt", "must name a point where floating-point values pass", f"{point.key}: {value.dtype}")
+            raise RequestError(
+                "wrt", "must name a point where floating-point values pass", f"{point.key}: {value.dtype}"
+            )
         if value.dim() == 0 or value.shape[0] != 1:
             raise RequestError(
-                "wrt", "must name a point with the batch as its first axis",
+                "wrt",
+                "must name a point with the batch as its first axis",
                 f"{point.key}: shape {tuple(value.shape)} for a batch of one",
-            )  # fmt: skip
+            )
         return self._add(replace(probe, shape=tuple(value.shape[1:]), dtype=value.dtype))

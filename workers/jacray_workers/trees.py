@@ -95,9 +95,11 @@ def check_batch(leaves: Sequence[Tensor], names: Sequence[str]) -> int:
         argument = f"inputs.{name}" if name else "inputs"
         if leaf.dim() == 0:
             raise InputError(
-                argument, "must have the batch as its first axis", "a tensor without axes",
+                argument,
+                "must have the batch as its first axis",
+                "a tensor without axes",
                 "for a single sample add the axis: x.unsqueeze(0)",
-            )  # fmt: skip
+            )
         if leaf.shape[0] == 0:
             raise InputError(argument, "must hold at least one sample", f"shape {tuple(leaf.shape)}")
     sizes = {leaf.shape[0] for leaf in leaves}
@@ -121,13 +123,13 @@ def _part(key: Any) -> str:
     return str(key)
 
 
-def _style(
-    model: Callable[..., Any], inputs: Any, names: Sequence[str]
-) -> tuple[str, tuple[tuple[str, int], ...]]:
+def _style(model: Callable[..., Any], inputs: Any, names: Sequence[str]) -> tuple[str, tuple[tuple[str, int], ...]]:
     signature = _signature(model)
     parameters = [] if signature is None else [p.name for p in signature.parameters.values()]
     if isinstance(inputs, tuple) and not hasattr(inputs, "_fields") and _binds(signature, inputs, {}):
-        return "positional", tuple(zip(parameters, range(len(names)), strict=False)) if len(names) == len(inputs) else ()
+        return "positional", tuple(zip(parameters, range(len(names)), strict=False)) if len(names) == len(
+            inputs
+        ) else ()
     if isinstance(inputs, dict) and all(isinstance(k, str) for k in inputs) and _binds(signature, (), inputs):
         return "keyword", ()
     return "one", ((parameters[0], 0),) if parameters and len(names) == 1 else ()

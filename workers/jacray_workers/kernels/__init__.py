@@ -5,9 +5,9 @@
     of the problem's output rows (None for all). `into`, where given, holds one preallocated tensor per leaf to write to
     and return. A method that keeps factors may return a `Block` in a leaf's place when `into` is None.
 
-`vjp(problem, batch, cotangents, per_sample=True)`
+`vjp(problem, batch, cotangents, per_sample_params=True)`
     `cotangents` is `(K, B, rows)`. One tensor per leaf: `(K, B, *leaf)` for inputs and hidden points; for parameters
-    `(K, B, *param)` with `per_sample`, else `(K, *param)` summed over the batch. Never builds the Jacobian.
+    `(K, B, *param)` with `per_sample_params`, else `(K, *param)` summed over the batch. Never builds the Jacobian.
 
 `jvp(problem, batch, tangents)`
     `tangents` holds one `(K, B, *leaf)` per leaf. Returns `(K, B, rows)`.
@@ -16,3 +16,15 @@ All three are called inside `problem.session()`, with `batch` from `resolve.plac
 why the method cannot serve the problem, known from its shape alone, or the empty string; what only shows in the
 running raises `MethodError`.
 """
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+NAMES = ("reverse", "forward", "backward_loop")
+
+
+def pick(method: str) -> ModuleType:
+    """The kernel of this name; loaded when first used."""
+    return importlib.import_module(f"jacray_workers.kernels.{method}")

@@ -1,0 +1,113 @@
+"""Prepare a request, compute its shards, and put the parts together. The only door of this package.
+
+prepare -> Prepared (problem, plan) -> run_shard, shard by shard -> combine -> assemble
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacray_workers import planner, products, weights
+from jacray_workers.arrays import ArrayPlanner, structure
+from jacray_workers.errors import InputError
+from jacray_workers.plan import ArrayPlan, Plan
+from jacray_workers.problem import Problem
+from jacray_workers.request import Request
+from jacray_workers.resolve import resolve
+from jacray_workers.run import run_shard
+from jacray_workers.shard import ShardResult
+from jacray_workers.weights import Directions
+
+__all__ = ["Prepared", "assemble", "combine", "prepare", "run_shard"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that computing a shard needs.
+
+    Attributes:
+        problem: the function to differentiate.
+        request: what was asked for.
+        plan: how it is computed.
+        leaves: the whole job's input leaves, batch first, where the caller put them.
+        cotangents, tangents: the directions of weighted gradients and JVPs, or None.
+    """
+
+    problem: Problem
+    request: Request
+    plan: Plan
+    leaves: tuple[Tensor, ...]
+    cotangents: Directions | None = None
+    tangents: Directions | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(model: Any, inputs: Any, request: Request, *, plan: Plan | None = None, workers: int = 1) -> Prepared:
+    """Resolve names, check shapes, and make the plan where none is given.
+
+    Args:
+        model: an `nn.Module` or a callable of tensors.
+        inputs: a tensor or a pytree of tensors, batch first.
+        request: what to compute.
+        plan: a plan made before for the same job, on another machine perhaps.
+        workers: how many workers will share the job; decides the shards.
+
+    Raises:
+        UserError: the model, the inputs or the request break a rule, or the work cannot fit its memory.
+    """
+    problem, leaves = resolve(model, inputs, request)
+    samples = leaves[0].shape[0]
+    ks = weights.cotangents(problem, request.weights, samples) if "weighted_gradient" in request.returns else None
+    wants_vectors = "jvp" in request.returns or request.vectors is not None
+    vs = weights.tangents(problem, request.vectors, samples) if wants_vectors else None
+    products.check(problem, request)
+    if plan is None:
+        arrays = ArrayPlanner(problem, request, samples, _lead(ks), _lead(vs)).all()
+        plan = planner.choose(problem, leaves, request, arrays, workers, ks, vs)
+    elif plan.samples != samples:
+        raise InputError("inputs", f"must have the {plan.samples} samples that the plan was made for", samples)
+    return Prepared(problem, request, plan, tuple(leaves), ks, vs)
+
+
+def _lead(directions: Directions | None) -> int:
+    return directions.count if directions is not None and directions.many else 0
+
+
+def combine(plan: Plan, results: Sequence[ShardResult]) -> dict[str, Tensor]:
+    """Whole arrays by key from the shards' parts: joined along the samples, or added up in the shards' order.
+
+    Raises:
+        InputError: the shards do not cover the samples exactly once.
+    """
+    ordered = sorted(results, key=lambda result: result.shard.index)
+    covered = [(r.shard.start, r.shard.stop) for r in ordered]
+    if covered != [(s.start, s.stop) for s in plan.shards()]:
+        raise InputError("results", "must hold every shard exactly once", f"{len(covered)} of {plan.shard_count}")
+    return {array.key: _join(array, [r.blocks[array.key] for r in ordered]) for array in plan.arrays}
+
+
+def _join(array: ArrayPlan, parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    if array.axis < 0:
+        # Float64 keeps the sum of many partial sums from drifting with their number.
+        total = parts[0].double()
+        for part in parts[1:]:
+            total = total + part
+        return total.to(parts[0].dtype)
+    cat = getattr(type(parts[0]), "cat", None)
+    return cat(parts) if cat is not None else torch.cat(parts, dim=array.axis)
+
+
+def assemble(prepared: Prepared, blocks: dict[str, Any]) -> dict[str, Any]:
+    """Result name -> the user's structure: a tensor, a dict for parameters, the model's own for pytrees."""
+    found: dict[str, Any] = {}
+    for name in prepared.request.returns:
+        by_place = {(array.out, array.leaf): blocks[array.key] for array in prepared.plan.array(name)}
+        found[name] = structure(prepared.problem, prepared.request, name, by_place)
+    return found

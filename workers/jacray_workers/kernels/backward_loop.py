@@ -1,0 +1,123 @@
+"""`backward_loop`: plain autograd, one backward per output row.
+
+For inputs and hidden points the whole batch goes forward at once and row r's backward starts from the sum over
+samples, which is right only where samples are independent: the engine probes that first, and otherwise calls with a
+batch of one. Parameters take one sample at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jacray_workers.errors import MethodError
+from jacray_workers.kernels.common import blocks_for, per_sample
+from jacray_workers.problem import Problem
+
+
+def refuse(problem: Problem) -> str:
+    """No shape alone defeats it."""
+    del problem
+    return ""
+
+
+def jacobian(
+    problem: Problem,
+    batch: Sequence[Tensor],
+    rows: range | None = None,
+    into: list[Tensor] | None = None,
+    width: int | None = None,
+) -> list[Tensor]:
+    """One block `(B, len(rows), *leaf)` per leaf. `width` has no meaning here: one row goes at a time."""
+    del width
+    rows = range(problem.rows) if rows is None else rows
+    blocks = blocks_for(problem, batch[0].shape[0], len(rows), into)
+    if all(per_sample(leaf) for leaf in problem.leaves):
+        _loop(problem, batch, rows, blocks)
+    else:
+        for i in range(batch[0].shape[0]):
+            _loop(problem, [leaf[i : i + 1] for leaf in batch], rows, [block[i : i + 1] for block in blocks])
+    return blocks
+
+
+def _loop(problem: Problem, batch: Sequence[Tensor], rows: range, blocks: Sequence[Tensor]) -> None:
+    values, y = _graph(problem, batch)
+    for place, row in enumerate(rows):
+        grads = pull(y[:, row].sum(), values, None, keep=row != rows[-1])
+        for block, leaf, grad in zip(blocks, problem.leaves, grads, strict=True):
+            block[:, place] = grad if per_sample(leaf) else grad.unsqueeze(0)
+
+
+def _graph(problem: Problem, batch: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Fresh leaves that require gradients, and the outputs as a function of them."""
+    values = [value.detach().requires_grad_() for value in problem.values(batch)]
+    # A model may write into its input; a leaf that requires a gradient forbids that, a view's clone does not.
+    handed = [value.clone() if per_sample(leaf) else value for leaf, value in zip(problem.leaves, values, strict=True)]
+    return values, problem.forward(handed, batch)
+
+
+def pull(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bool) -> list[Tensor]:
+    """The gradient of `y` wrt every value, zeros where it does not depend on one.
+
+    Raises:
+        MethodError: the model cuts its outputs off from automatic differentiation.
+    """
+    if not y.requires_grad:
+        return [torch.zeros_like(value) for value in values]
+    try:
+        grads: Sequence[Tensor | None]
+        grads = torch.autograd.grad(y, values, cotangent, retain_graph=keep, allow_unused=True)
+    except RuntimeError as error:
+        raise MethodError("method", f"backward failed: {error}", "backward_loop") from error
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(grads, values, strict=True)]
+
+
+def vjp(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sample_params: bool = True) -> list[Tensor]:
+    """One backward per cotangent `(B, rows)`; one per sample too where parameters must stay per sample."""
+    if per_sample_params and not all(per_sample(leaf) for leaf in problem.leaves):
+        return _vjp_by_sample(problem, batch, cotangents)
+    values, y = _graph(problem, batch)
+    last = len(cotangents) - 1
+    found = [pull(y, values, k.to(y.dtype), keep=i != last) for i, k in enumerate(cotangents)]
+    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+
+
+def _vjp_by_sample(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
+    found = []
+    for i in range(batch[0].shape[0]):
+        parts = vjp(problem, [leaf[i : i + 1] for leaf in batch], cotangents[:, i : i + 1], per_sample_params=False)
+        found.append([p if per_sample(leaf) else p.unsqueeze(1) for p, leaf in zip(parts, problem.leaves, strict=True)])
+    return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
+
+
+def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """The push-forward as the derivative of the pull-back wrt its cotangent: two backwards per tangent.
+
+    Source: J. Townsend, "A new trick for calculating Jacobian vector products" (2017).
+    """
+    if not all(per_sample(leaf) for leaf in problem.leaves) and batch[0].shape[0] > 1:
+        parts = [
+            jvp(problem, [leaf[i : i + 1] for leaf in batch], [t[:, i : i + 1] for t in tangents])
+            for i in range(batch[0].shape[0])
+        ]
+        return torch.cat(parts, dim=1)
+    values, y = _graph(problem, batch)
+    if not y.requires_grad:
+        return y.new_zeros(tangents[0].shape[0], *y.shape)
+    probe = torch.zeros_like(y, requires_grad=True)
+    grads: tuple[Tensor | None, ...] = torch.autograd.grad(y, values, probe, create_graph=True, allow_unused=True)
+    pairs = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
+    pushed = []
+    for k in range(tangents[0].shape[0]):
+        heads = [g for _, g in pairs]
+        vs = [tangents[i][k] if per_sample(problem.leaves[i]) else tangents[i][k, 0] for i, _ in pairs]
+        pushed.append(
+            torch.autograd.grad(
+                heads, probe, [v.to(h.dtype) for v, h in zip(vs, heads, strict=True)], retain_graph=True
+            )[0]
+            if heads
+            else torch.zeros_like(y)
+        )
+    return torch.stack(pushed).detach()

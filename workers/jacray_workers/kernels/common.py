@@ -1,0 +1,62 @@
+"""What the kernels share: one sample as a function, and rows of the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from jacray_workers.problem import Leaf, Problem
+
+Sample = Callable[..., Tensor]
+
+
+def per_sample(leaf: Leaf) -> bool:
+    """Whether the leaf has a value of its own for each sample."""
+    return leaf.side != "param"
+
+
+def leaf_dims(problem: Problem) -> tuple[int | None, ...]:
+    """`in_dims` of the leaves' values for a `vmap` over samples."""
+    return tuple(0 if per_sample(leaf) else None for leaf in problem.leaves)
+
+
+def sample_function(problem: Problem, sample: Sequence[Tensor]) -> Sample:
+    """The model at one sample as a function of the leaves' values: `(*leaf) ... -> (rows,)`.
+
+    `sample` holds the input leaves of that sample without a batch axis; the model sees a batch of one.
+    """
+    batch = [leaf.unsqueeze(0) for leaf in sample]
+
+    def function(*values: Tensor) -> Tensor:
+        full = [v.unsqueeze(0) if per_sample(leaf) else v for leaf, v in zip(problem.leaves, values, strict=True)]
+        return problem.forward(full, batch)[0]
+
+    return function
+
+
+def basis(rows: range, total: int, like: Tensor) -> Tensor:
+    """The rows `rows` of the identity of size `total`: `(len(rows), total)`."""
+    eye = torch.zeros(len(rows), total, dtype=like.dtype, device=like.device)
+    eye[torch.arange(len(rows)), torch.arange(rows.start, rows.stop)] = 1
+    return eye
+
+
+def spans(rows: range, width: int | None) -> Iterator[range]:
+    """`rows` cut into ranges of at most `width`."""
+    step = width or max(len(rows), 1)
+    for start in range(rows.start, rows.stop, step):
+        yield range(start, min(start + step, rows.stop))
+
+
+def blocks_for(problem: Problem, size: int, count: int, into: list[Tensor] | None) -> list[Tensor]:
+    """Buffers `(size, count, *leaf)` to write blocks to: the caller's where given."""
+    if into is not None:
+        return into
+    return [
+        torch.empty(
+            size, count, *leaf.shape, dtype=torch.promote_types(leaf.dtype, problem.dtype), device=problem.device
+        )
+        for leaf in problem.leaves
+    ]

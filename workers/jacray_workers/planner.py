@@ -1,0 +1,357 @@
+"""Choose the method: price all, try the promising ones on a few samples, keep the fastest that is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacray_workers import memory, pricing, sizing, trial
+from jacray_workers.errors import MethodError
+from jacray_workers.kernels import NAMES, pick
+from jacray_workers.plan import ArrayPlan, Candidate, Plan
+from jacray_workers.problem import Problem
+from jacray_workers.products import FROM_JACOBIAN
+from jacray_workers.request import Request, budget_bytes
+from jacray_workers.weights import Directions
+
+# Methods predicted to be slower than the best by more than this are priced but not tried.
+FIELD = 6.0
+# A trial may take this many seconds, or this share of the predicted job.
+TRIAL_SECONDS = 0.25
+TRIAL_SHARE = 0.05
+TRIAL_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the planner knows about one job."""
+
+    problem: Problem
+    leaves: Sequence[Tensor]
+    request: Request
+    arrays: tuple[ArrayPlan, ...]
+    workers: int
+    work: str
+    directions: int
+    budget: int
+    one: pricing.Forward
+    on: pricing.Machine
+    batch: list[Tensor]
+    known: trial.Reference | None
+    alone: bool
+
+    @property
+    def samples(self) -> int:
+        """How many samples the job has."""
+        return self.leaves[0].shape[0]
+
+    @property
+    def rows(self) -> range:
+        """The rows that a trial of a row-by-row method computes."""
+        return self.known.rows if self.known is not None else range(self.problem.rows)
+
+
+def choose(
+    problem: Problem,
+    leaves: Sequence[Tensor],
+    request: Request,
+    arrays: tuple[ArrayPlan, ...],
+    workers: int,
+    ks: Directions | None,
+    vs: Directions | None,
+) -> Plan:
+    """Make the plan.
+
+    Raises:
+        CoupledSamplesError: samples are not independent.
+        MethodError: the method asked for cannot do this work; names one that can.
+        BudgetError: the work cannot fit the memory budget.
+    """
+    work = _work(request)
+    budget = _budget(request, problem, workers)
+    with problem.session():
+        batch = trial.first_samples(problem, leaves, min(leaves[0].shape[0], 2))
+        alone = True
+        rows = _trial_rows(problem, work, budget)
+        case = Case(
+            problem,
+            leaves,
+            request,
+            arrays,
+            workers,
+            work,
+            max([d.count for d in (ks, vs) if d] or [1]),
+            budget,
+            pricing.forward_cost(problem, [leaf[:1] for leaf in batch]),
+            pricing.machine(problem.device, torch.get_num_threads()),
+            batch,
+            trial.reference(problem, batch, request.seed, rows),
+            alone,
+        )
+        field = _field(case)
+        runners = [tried for tried in field if tried.line is not None]
+        if not runners:
+            raise _none_left(case, field)
+        return _plan(case, field, min(runners, key=lambda tried: tried.candidate.seconds))
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate with what its trial showed; `line` is None where it was refused or not tried."""
+
+    candidate: Candidate
+    line: memory.Line | None = None
+    factored: tuple[bool, ...] = ()
+    cuts: tuple[str, ...] = ()
+
+
+def _work(request: Request) -> str:
+    if FROM_JACOBIAN.intersection(request.returns):
+        return "jacobian"
+    if "weighted_gradient" in request.returns:
+        return "vjp"
+    return "jvp" if "jvp" in request.returns else "outputs"
+
+
+def _budget(request: Request, problem: Problem, workers: int) -> int:
+    free = memory.free_bytes(problem.device)
+    if request.memory_budget is None:
+        return int(free * memory.SAFE_SHARE / workers)
+    return budget_bytes(request.memory_budget, free)
+
+
+def _trial_rows(problem: Problem, work: str, budget: int) -> range:
+    """Few enough rows that a trial's blocks stay a small part of the budget."""
+    if work != "jacobian":
+        return range(problem.rows)
+    row = sum(leaf.size for leaf in problem.leaves) * problem.dtype.itemsize * 2
+    return range(min(problem.rows, max(1, min(TRIAL_ROWS, budget // (8 * max(row, 1))))))
+
+
+def _field(case: Case) -> list[Tried]:
+    """Every method priced; the promising ones tried, best first, until the rest cannot win."""
+    asked = case.request.method
+    names = NAMES if asked == "auto" else (asked,)
+    if case.work == "outputs":
+        names = ("backward_loop",) if asked == "auto" else names
+    found: list[Tried] = []
+    best = math.inf
+    for candidate in sorted((_predict(case, name) for name in names), key=lambda c: c.seconds):
+        hopeless = best < math.inf and candidate.seconds > FIELD * best
+        tried = Tried(candidate) if candidate.refused or hopeless else _try(case, candidate)
+        found.append(tried)
+        if tried.line is not None:
+            best = min(best, tried.candidate.seconds)
+    return found
+
+
+def _predict(case: Case, method: str) -> Candidate:
+    """The price by formula, for the whole job."""
+    chunk = min(case.samples, 32)
+    price = pricing.price(method, case.work, case.problem, case.one, chunk, case.directions)
+    chunks = case.samples / chunk
+    refused = _refuse(case, method)
+    return Candidate(
+        method,
+        refused,
+        price.operations * chunks,
+        price.bytes * chunks,
+        0.0,
+        price.launches * chunks,
+        price.seconds(case.on) * chunks,
+    )
+
+
+def _refuse(case: Case, method: str) -> str:
+    """Reasons that need no running."""
+    if not case.alone and method in ("layerwise", "chain"):
+        return "random draws depend on a sample's place in the batch, and this method runs whole batches"
+    if case.work != "jacobian" and method == "chain":
+        return "a product with vectors needs no chain"
+    refused: str = pick(method).refuse(case.problem)
+    return refused
+
+
+def _try(case: Case, candidate: Candidate) -> Tried:
+    """Run on the trial samples: refused with the reason, or timed and measured."""
+    problem, kernel = case.problem, pick(candidate.method)
+    single = not case.alone and candidate.method == "backward_loop"
+    batch = [leaf[:1] for leaf in case.batch] if single else case.batch
+    known = None if single else case.known
+    run = _runner(case, kernel, batch)
+    kept: list[list[Tensor]] = []
+
+    def compare(_: Any) -> float:
+        kept[:] = [run()]
+        return _disagreement(case, kept[0], known)
+
+    refused = trial.admits(candidate.method, problem, known, compare)
+    if refused:
+        return Tried(dataclasses.replace(candidate, refused=refused))
+    factored = tuple(getattr(block, "factored", False) for block in kept.pop()) if _factors(case, kernel) else ()
+    size = batch[0].shape[0]
+    few = [leaf[:1] for leaf in batch]
+    peaks = [(1, memory.measure(_runner(case, kernel, few), problem.device))]
+    if size > 1:
+        peaks.append((size, memory.measure(run, problem.device)))
+    line = memory.fit(peaks)
+    priced = dataclasses.replace(candidate, seconds=_race(case, kernel, candidate), measured=True)
+    describe = getattr(kernel, "cuts", None)
+    return Tried(priced, line, factored, describe(problem, batch) if describe and case.work == "jacobian" else ())
+
+
+def _runner(case: Case, kernel: Any, batch: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """The kernel's work on these samples."""
+    problem, request = case.problem, case.request
+    size = batch[0].shape[0]
+    u = torch.ones(case.directions, size, problem.rows, dtype=problem.dtype, device=problem.device)
+    if case.known is not None and size == len(case.batch[0]):
+        u = case.known.cotangent.expand(case.directions, -1, -1)
+    if case.work == "vjp":
+        return lambda: kernel.vjp(problem, batch, u, per_sample_params=request.reduction == "none")
+    if case.work == "jvp":
+        vs = [
+            torch.ones(case.directions, size, *leaf.shape, dtype=leaf.dtype, device=problem.device)
+            for leaf in problem.leaves
+        ]
+        return lambda: [kernel.jvp(problem, batch, vs)]
+    if case.work == "outputs":
+        return lambda: [problem.forward(problem.values(batch), batch)]
+    if _factors(case, kernel):
+        return lambda: kernel.jacobian(problem, batch, case.rows, form=request.form)
+    rows = None if kernel.__name__.endswith(("chain", "forward")) else case.rows
+    return lambda: kernel.jacobian(problem, batch, rows)
+
+
+def _factors(case: Case, kernel: Any) -> bool:
+    """Whether the kernel may answer with factors."""
+    return (
+        case.work == "jacobian"
+        and case.request.form != "dense"
+        and kernel.__name__.endswith("layerwise")
+        and any(leaf.side == "param" for leaf in case.problem.leaves)
+    )
+
+
+def _disagreement(case: Case, found: list[Tensor], known: trial.Reference | None) -> float:
+    if known is None or case.work in ("jvp", "outputs"):
+        return 0.0
+    if case.work == "vjp":
+        return trial.vjp_disagreement(case.problem, found, known, case.request.reduction == "sum")
+    return trial.disagreement(found, known)
+
+
+def _race(case: Case, kernel: Any, candidate: Candidate) -> float:
+    """Seconds for the whole job, from a run on as many samples as a trial may take."""
+    problem = case.problem
+    allowed = max(TRIAL_SECONDS, TRIAL_SHARE * candidate.seconds)
+    share = len(case.rows) / max(problem.rows, 1) if case.work == "jacobian" else 1.0
+    per_sample = max(candidate.seconds / case.samples * share, 1e-9)
+    count = max(1, min(case.samples, 64, int(allowed / per_sample)))
+    if not case.alone and candidate.method == "backward_loop":
+        count = 1
+    batch = trial.first_samples(problem, case.leaves, count)
+    run = _runner(dataclasses.replace(case, known=None) if case.work == "vjp" else case, kernel, batch)
+    first = pricing.once(run, problem.device)
+    seconds = min([first, *(pricing.once(run, problem.device) for _ in range(2 if first < allowed / 2 else 0))])
+    whole = candidate.method in ("chain", "forward")
+    return seconds / count * case.samples / (1.0 if whole else max(share, 1e-9))
+
+
+def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
+    """The frozen plan around the method that won."""
+    problem, request = case.problem, case.request
+    arrays = tuple(_factored(a, best) for a in case.arrays)
+    line, rows = _banded(case, best)
+    held = sum(sizing.array_bytes(a) for a in arrays if a.axis < 0)
+    per_sample = sizing.bytes_per_sample([a for a in arrays if not a.factored], case.samples)
+    chosen = sizing.sizes(
+        case.samples, case.workers, _fixed_chunk(case, best.candidate.method), line, held, per_sample, case.budget, rows
+    )
+    candidates = tuple(
+        dataclasses.replace(t.candidate, peak_bytes=t.line.at(chosen.chunk) if t.line else 0) for t in field
+    )
+    return Plan(
+        method=best.candidate.method,
+        reason=_reason(case, field, best),
+        candidates=candidates,
+        samples=case.samples,
+        rows=problem.rows,
+        chunk_size=chosen.chunk,
+        row_chunk=rows,
+        shard_size=chosen.shard,
+        arrays=arrays,
+        bytes_out=sum(sizing.array_bytes(a) for a in arrays if not a.factored),
+        peak_bytes=chosen.peak,
+        budget_bytes=case.budget,
+        device=str(problem.device),
+        dtype=str(problem.dtype).removeprefix("torch."),
+        form=request.form if any(best.factored) else "dense",
+        seed=request.seed,
+        cuts=best.cuts,
+        notes=_notes(case, field),
+    )
+
+
+def _factored(array: ArrayPlan, best: Tried) -> ArrayPlan:
+    kept = array.name == "jacobian" and bool(best.factored) and best.factored[array.leaf]
+    return dataclasses.replace(array, factored=True) if kept else array
+
+
+def _fixed_chunk(case: Case, method: str) -> int | None:
+    if not case.alone and method == "backward_loop":
+        return 1
+    return case.request.chunk_size
+
+
+def _banded(case: Case, best: Tried) -> tuple[memory.Line, int]:
+    """The memory line for all rows, or for as many at a time as the budget takes for one sample."""
+    line, total = best.line or memory.Line(0, 0), case.problem.rows
+    seen = len(case.rows)
+    if case.work != "jacobian" or best.candidate.method in ("chain", "forward") or seen >= total:
+        return line, max(total, 1)
+    whole = memory.Line(line.base, line.slope * total / seen)
+    if whole.fit_in(case.budget // 2) >= 1 or seen == 0:
+        return whole, total
+    rows = max(1, int(seen * (case.budget // 4) / max(line.at(1), 1)))
+    return memory.Line(line.base, line.slope * rows / seen), min(rows, total)
+
+
+def _reason(case: Case, field: Sequence[Tried], best: Tried) -> str:
+    if case.request.method != "auto":
+        return "asked for"
+    others = [t for t in field if t.line is not None and t is not best]
+    if not others:
+        return "the only method that serves this work within reach"
+    second = min(others, key=lambda t: t.candidate.seconds).candidate
+    factor = second.seconds / best.candidate.seconds if best.candidate.seconds else 1.0
+    return f"fastest on the first samples, {factor:.1f} times as fast as {second.method}"
+
+
+def _notes(case: Case, field: Sequence[Tried]) -> tuple[str, ...]:
+    notes = list(case.problem.notes)
+    if case.known is None:
+        notes.append("plain autograd cannot run this model backward, so methods were not compared with it")
+    if not case.alone:
+        notes.append("the model draws random numbers: every pass and every sample sees the same draw, from the seed")
+    failed = [t.candidate for t in field if t.candidate.refused and case.request.method == "auto"]
+    notes += [f"{c.method} was left out: {c.refused}" for c in failed]
+    return tuple(notes)
+
+
+def _none_left(case: Case, field: Sequence[Tried]) -> MethodError:
+    """What failed on what, and for an explicit method the one that would work."""
+    asked = case.request.method
+    if asked != "auto":
+        auto = dataclasses.replace(case, request=case.request.model_copy(update={"method": "auto"}))
+        able = [t.candidate for t in _field(auto) if t.line is not None]
+        way_out = f"use method='auto', or {min(able, key=lambda c: c.seconds).method}, which can" if able else ""
+        return MethodError("method", f"{asked} cannot do this work: {field[0].candidate.refused}", asked, way_out)
+    reasons = "; ".join(f"{t.candidate.method}: {t.candidate.refused}" for t in field)
+    return MethodError("model", f"no method can differentiate it ({reasons})", None, "")

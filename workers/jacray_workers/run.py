@@ -1,0 +1,314 @@
+"""Compute one shard: chunk by chunk into buffers for its range, halving the chunk when memory runs out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from jacray_workers import finite, products
+from jacray_workers.checks import check_shard
+from jacray_workers.errors import BudgetError, JobError, NonFiniteError
+from jacray_workers.kernels import pick
+from jacray_workers.kernels.common import blocks_for
+from jacray_workers.memory import out_of_memory, release
+from jacray_workers.plan import ArrayPlan, Shard
+from jacray_workers.products import Chunk
+from jacray_workers.resolve import place
+from jacray_workers.shard import NonFinite, ShardResult
+
+if TYPE_CHECKING:
+    from jacray_workers.engine import Prepared
+
+TORCH_OF = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+def run_shard(
+    prepared: Prepared,
+    shard: Shard,
+    *,
+    cancelled: Callable[[], bool] | None = None,
+    on_samples: Callable[[int], None] | None = None,
+    into: dict[str, Tensor] | None = None,
+) -> ShardResult:
+    """Compute every array of the plan for the samples of one shard.
+
+    Args:
+        prepared: the job.
+        shard: which samples.
+        cancelled: asked between chunks; True ends the shard.
+        on_samples: told how many more samples are done.
+        into: buffers by array key to write to, of the range's shape; made where absent.
+
+    Raises:
+        JobError: cancelled.
+        BudgetError: not even one sample at a time fits the memory there is.
+        NonFiniteError: NaN or infinity, where the request forbids them.
+        VerificationError: a checked sample disagrees with an independent computation.
+    """
+    began = time.perf_counter()
+    buffers = _Buffers(prepared, shard, into or {})
+    chunk, backoffs = prepared.plan.chunk_size, 0
+    at = shard.start
+    with prepared.problem.session():
+        while at < shard.stop:
+            if cancelled is not None and cancelled():
+                raise JobError("job", "was cancelled", f"after {at - shard.start} samples of shard {shard.index}")
+            stop = min(at + chunk, shard.stop)
+            try:
+                compute_chunk(prepared, at, stop, buffers)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                if stop - at == 1:
+                    raise _does_not_fit(prepared, error) from error
+                chunk, backoffs = max(1, (stop - at) // 2), backoffs + 1
+            else:
+                if on_samples is not None:
+                    on_samples(stop - at)
+                at = stop
+                continue
+            release(prepared.problem.device)
+        blocks = buffers.finished()
+        bad = _nonfinite(prepared, shard, blocks)
+        checks = check_shard(prepared, shard, blocks) if not bad else ()
+    facts: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(prepared.problem.device)}
+    if backoffs:
+        facts["backoffs"] = backoffs
+    return ShardResult(shard, blocks, checks, bad, time.perf_counter() - began, chunk, facts)
+
+
+def _does_not_fit(prepared: Prepared, error: Exception) -> BudgetError:
+    return BudgetError(
+        "memory",
+        "one sample at a time must fit the memory of the device",
+        str(error).splitlines()[0],
+        f"choose fewer outputs, or returns that need no Jacobian (now: {', '.join(prepared.request.returns)})",
+    )
+
+
+class _Buffers:
+    """The shard's arrays while they fill: one tensor per array, or a list of parts for blocks kept in factors."""
+
+    def __init__(self, prepared: Prepared, shard: Shard, into: dict[str, Tensor]) -> None:
+        self.shard = shard
+        self.plan = prepared.plan
+        self.arrays = {(a.name, a.out, a.leaf): a for a in prepared.plan.arrays}
+        self.parts: dict[str, list[Tensor]] = {}
+        self.tensors: dict[str, Tensor] = {}
+        for array in prepared.plan.arrays:
+            if array.factored:
+                self.parts[array.key] = []
+            else:
+                self.tensors[array.key] = into[array.key] if array.key in into else self._new(array)
+
+    def _new(self, array: ArrayPlan) -> Tensor:
+        shape = list(array.shape)
+        if array.axis < 0:
+            return torch.zeros(shape, dtype=torch.float64)
+        shape[array.axis] = self.shard.stop - self.shard.start
+        return torch.empty(shape, dtype=TORCH_OF[array.dtype])
+
+    def view(self, array: ArrayPlan, start: int, stop: int) -> Tensor:
+        """The part of an array that belongs to these samples."""
+        return self.tensors[array.key].narrow(array.axis, start - self.shard.start, stop - start)
+
+    def put(self, name: str, out: int, leaf: int, start: int, stop: int, value: Tensor) -> None:
+        """Write a chunk's value, or add it where the array is a sum."""
+        array = self.arrays[name, out, leaf]
+        if array.factored:
+            self.parts[array.key].append(value)
+        elif array.axis < 0:
+            self.tensors[array.key] += value.to(device="cpu", dtype=torch.float64)
+        else:
+            target = self.view(array, start, stop)
+            if target.data_ptr() != value.data_ptr() or target.dtype != value.dtype:
+                target.copy_(value)
+
+    def finished(self) -> dict[str, Tensor]:
+        """The arrays by key; sums in their own precision."""
+        done = {}
+        for array in self.plan.arrays:
+            if array.factored:
+                parts = self.parts[array.key]
+                done[array.key] = parts[0] if len(parts) == 1 else type(parts[0]).cat(parts)  # type: ignore[attr-defined]
+            elif array.axis < 0:
+                done[array.key] = self.tensors[array.key].to(TORCH_OF[array.dtype])
+            else:
+                done[array.key] = self.tensors[array.key]
+        return done
+
+
+def compute_chunk(prepared: Prepared, start: int, stop: int, buffers: _Buffers) -> None:
+    """Compute every array for these samples and put it into the buffers."""
+    problem, returns = prepared.problem, prepared.request.returns
+    batch = place(problem, [leaf[start:stop] for leaf in prepared.leaves])
+    kernel = pick(prepared.plan.method)
+    y = None
+    if "outputs" in returns or "ggn" in returns or "fisher" in returns:
+        with torch.no_grad():
+            y = problem.forward(problem.values(batch), batch)
+    if "outputs" in returns and y is not None:
+        for o, part in enumerate(problem.split(y)):
+            buffers.put("outputs", o, -1, start, stop, part)
+    if prepared.cotangents is not None and "weighted_gradient" in returns:
+        _weighted(prepared, kernel, batch, start, stop, buffers)
+    if prepared.tangents is not None and "jvp" in returns:
+        pushed = kernel.jvp(problem, batch, prepared.tangents.select(start, stop))
+        for o, part in enumerate(problem.split(pushed, axis=2)):
+            buffers.put("jvp", o, -1, start, stop, part if prepared.tangents.many else part[0])
+    if products.FROM_JACOBIAN.intersection(returns):
+        blocks = _jacobian(prepared, kernel, batch, start, stop, buffers)
+        _reduce(prepared, blocks, y, start, stop, buffers)
+
+
+def _weighted(prepared: Prepared, kernel: Any, batch: list[Tensor], start: int, stop: int, buffers: _Buffers) -> None:
+    problem, ks = prepared.problem, prepared.cotangents
+    if ks is None:
+        return
+    parts = [part.reshape(*part.shape[:2], -1) for part in ks.select(start, stop)]
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    keep = prepared.request.reduction == "none"
+    for i, grad in enumerate(kernel.vjp(problem, batch, rows, per_sample_params=keep)):
+        buffers.put("weighted_gradient", -1, i, start, stop, grad if ks.many else grad[0])
+
+
+def _jacobian(
+    prepared: Prepared, kernel: Any, batch: list[Tensor], start: int, stop: int, buffers: _Buffers
+) -> list[Tensor]:
+    """The chunk's blocks `(b, rows, *leaf)`, written straight into the result's memory where they can be."""
+    problem, plan = prepared.problem, prepared.plan
+    arrays = plan.array("jacobian")
+    one_out = len(problem.outs) == 1
+    if any(a.factored for a in arrays) or (plan.form == "factors" and not arrays):
+        blocks: list[Tensor] = kernel.jacobian(problem, batch, form="factors")
+        _put_split(problem, blocks, start, stop, buffers, bool(arrays))
+        return blocks
+    size = stop - start
+    direct = bool(arrays) and one_out and problem.device.type == "cpu" and all(_direct(a, problem) for a in arrays)
+    if direct:
+        into = [
+            buffers.view(a, start, stop).view(size, problem.rows, *leaf.shape)
+            for a, leaf in zip(arrays, problem.leaves, strict=True)
+        ]
+    else:
+        into = blocks_for(problem, size, problem.rows, None)
+    blocks = by_rows(kernel, problem, batch, into, plan.row_chunk)
+    if arrays and not direct:
+        _put_split(problem, blocks, start, stop, buffers, True)
+    return blocks
+
+
+def by_rows(kernel: Any, problem: Any, batch: Sequence[Tensor], into: list[Tensor], width: int) -> list[Tensor]:
+    """The kernel's blocks, in bands of at most `width` rows where all at once would be too many."""
+    if getattr(kernel, "CHUNKS_ITSELF", False):
+        return list(kernel.jacobian(problem, batch, None, into, width))
+    if width >= problem.rows:
+        return list(kernel.jacobian(problem, batch, None, into))
+    for low in range(0, problem.rows, width):
+        rows = range(low, min(low + width, problem.rows))
+        band = kernel.jacobian(problem, batch, rows)
+        for target, part in zip(into, band, strict=True):
+            target[:, rows.start : rows.stop] = part
+    return into
+
+
+def _direct(array: ArrayPlan, problem: Any) -> bool:
+    return TORCH_OF[array.dtype] == torch.promote_types(problem.leaves[array.leaf].dtype, problem.dtype)
+
+
+def _put_split(problem: Any, blocks: Sequence[Tensor], start: int, stop: int, buffers: _Buffers, wanted: bool) -> None:
+    if not wanted:
+        return
+    for i, block in enumerate(blocks):
+        for o, part in enumerate(_by_output(problem, block)):
+            buffers.put("jacobian", o, i, start, stop, part)
+
+
+def _by_output(problem: Any, block: Tensor) -> list[Tensor]:
+    """A block's rows as one tensor per output, in that output's shape; factors stay factors."""
+    unflatten = getattr(block, "unflatten_rows", None)
+    if unflatten is None:
+        parts: list[Tensor] = problem.split(block)
+        return parts
+    if len(problem.outs) == 1:
+        return [unflatten(problem.outs[0].shape)]
+    return [block[:, o.rows.start : o.rows.stop].unflatten_rows(o.shape) for o in problem.outs]  # type: ignore[attr-defined]
+
+
+def _reduce(
+    prepared: Prepared, blocks: list[Tensor], y: Tensor | None, start: int, stop: int, buffers: _Buffers
+) -> None:
+    """Everything that is made from the chunk's Jacobian."""
+    request = prepared.request
+    vectors = prepared.tangents.select(start, stop) if prepared.tangents is not None else None
+    chunk = Chunk(blocks, y, vectors, prepared.plan.samples)
+    for name in request.returns:
+        if name == "mean_jacobian":
+            for i, block in enumerate(blocks):
+                mean = block.sum(dim=0, dtype=torch.float64) / prepared.plan.samples
+                for o, part in enumerate(prepared.problem.split(mean, axis=0)):
+                    buffers.put(name, o, i, start, stop, part)
+        elif name in ("norms", "singular_values", "logabsdet"):
+            buffers.put(name, -1, -1, start, stop, _per_sample_number(name, chunk, request.top_k))
+        elif name in ("gram", "ggn", "fisher"):
+            for (o, i), part in _pairs(prepared, name, chunk).items():
+                buffers.put(name, o, i, start, stop, part)
+        elif name == "ntk":
+            _ntk(prepared, blocks, start, stop, buffers)
+
+
+def _pairs(prepared: Prepared, name: str, chunk: Chunk) -> dict[tuple[int, int], Tensor]:
+    """This chunk's part of a sum of J^T W J, by array; of its product with the vectors where there are some."""
+    request, tangents = prepared.request, prepared.tangents
+    weight = None if name == "gram" or chunk.y is None else products.output_hessian(chunk.y, request.loss)
+    if request.vectors is None or tangents is None:
+        return products.pair_sums(chunk, weight)
+    parts = products.pair_products(chunk, weight)
+    return {(-1, i): part if tangents.many else part[0] for i, part in enumerate(parts)}
+
+
+def _per_sample_number(name: str, chunk: Chunk, top_k: int | None) -> Tensor:
+    if name == "norms":
+        return products.norms(chunk)
+    return products.logabsdet(chunk) if name == "logabsdet" else products.singular_values(chunk, top_k)
+
+
+def _ntk(prepared: Prepared, blocks: list[Tensor], start: int, stop: int, buffers: _Buffers) -> None:
+    """One band of rows of the kernel matrix against every sample; the other side is computed chunk by chunk."""
+    problem, plan = prepared.problem, prepared.plan
+    kernel, trace = pick(plan.method), prepared.request.ntk == "trace"
+    band = buffers.view(buffers.arrays["ntk", -1, -1], start, stop)
+    for low in range(0, plan.samples, plan.chunk_size):
+        high = min(low + plan.chunk_size, plan.samples)
+        if (low, high) == (start, stop):
+            others = blocks
+        else:
+            batch = place(problem, [leaf[low:high] for leaf in prepared.leaves])
+            if plan.form == "factors":
+                others = kernel.jacobian(problem, batch, form="factors")
+            else:
+                others = by_rows(
+                    kernel, problem, batch, blocks_for(problem, high - low, problem.rows, None), plan.row_chunk
+                )
+        band[:, low:high] = products.ntk(blocks, others, trace)
+
+
+def _nonfinite(prepared: Prepared, shard: Shard, blocks: dict[str, Tensor]) -> tuple[NonFinite, ...]:
+    found = []
+    for array in prepared.plan.arrays:
+        bad = finite.locate(array.key, blocks[array.key], array.axis, shard.start)
+        if bad is not None:
+            found.append(bad)
+    if found and prepared.request.nan_policy == "raise":
+        first = found[0]
+        raise NonFiniteError(
+            "nan_policy",
+            "raise forbids NaN and infinity",
+            f"{first.count} in {first.key}, first at sample {first.first}",
+            "nan_policy='propagate' keeps them, counted and located in the receipt",
+        )
+    return tuple(found)
