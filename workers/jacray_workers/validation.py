@@ -34,7 +34,7 @@ def explain(error: ValidationError, model: Any, prefix: str = "") -> tuple[str, 
         prefix: put before the argument's dotted path, for models that stand inside a larger document.
     """
     complaints = [_walk(model, raw) for raw in error.errors(include_url=False)]
-    start = complaints[0].path
+    start = _misspelled(complaints).path
     rivals = [c for c in complaints if c.path[: len(start)] == start]
     depth = max(len(c.path) for c in rivals)
     furthest = next(c.path for c in rivals if len(c.path) == depth)
@@ -43,6 +43,13 @@ def explain(error: ValidationError, model: Any, prefix: str = "") -> tuple[str, 
     argument, rule, value, way_out = chosen.told() if len(best) == 1 or chosen is not best[0] else _together(best)
     path = [*([prefix] if prefix else []), *chosen.path, *([argument] if argument else [])]
     return ".".join(path) or getattr(model, "__name__", "value"), rule, value, way_out
+
+
+def _misspelled(complaints: Sequence[_Complaint]) -> _Complaint:
+    """The first complaint, or the unknown key beside it that is likely the missing one misspelled."""
+    first = complaints[0]
+    beside = (c for c in complaints if c.type == "extra_forbidden" and c.path[:-1] == first.path[:-1])
+    return next(beside, first) if first.type == "missing" else first
 
 
 @dataclass(frozen=True)
@@ -206,12 +213,14 @@ def kinds_of(model: Any) -> tuple[str, ...]:
 
 def _check_kind(value: Any, names: Mapping[str, str]) -> None:
     few = len(names) <= 20
-    rule = f"one of {', '.join(names)}" if few else f"one of the {len(names)} known kinds"
+    rule = f"one of {', '.join(names)}" if few else f"one of {len(names)} such as {', '.join([*names][:2])}"
+    elsewhere = "" if few else "`jacray schema` lists them"
     if not isinstance(value, Mapping):
         raise SpecError("", f"must be a mapping with a kind: {rule}", value)
     if "kind" not in value:
-        raise SpecError("kind", f"is required: {rule}", None, "" if few else f"known kinds: {', '.join(names)}")
+        raise SpecError("kind", f"is required: {rule}", None, elsewhere)
     kind = value["kind"]
     if not isinstance(kind, str) or kind not in names:
-        way_out = nearest(kind, names) if isinstance(kind, str) else ""
+        near = nearest(kind, names) if isinstance(kind, str) else ""
+        way_out = near if near.startswith("did you mean") else elsewhere
         raise SpecError("kind", f"must be {rule}", Plain(kind) if isinstance(kind, str) else kind, way_out)

@@ -1,0 +1,97 @@
+"""From a model spec to a module, and to a digest of everything that decides its numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from jacray_workers.errors import ModelError
+from jacray_workers.models.formula import FunctionModel
+from jacray_workers.models.function import FormulaModule
+from jacray_workers.models.imported import build_imported
+from jacray_workers.models.layers import build_layers
+from jacray_workers.models.specs import ImportModel, LayersModel, ModelSpec
+from jacray_workers.models.weights import load_weights
+from jacray_workers.spec_parts import file_digest, find
+from jacray_workers.validation import explain
+
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(ModelSpec)
+
+
+def build(
+    spec: LayersModel | ImportModel | FunctionModel, base: Path, import_prefixes: Sequence[str] | None = None
+) -> nn.Module:
+    """Make the module that a spec describes.
+
+    Args:
+        spec: any model spec.
+        base: the folder that relative paths start from.
+        import_prefixes: packages that an `import` model may come from; None allows all.
+
+    Raises:
+        ModelError: the model cannot be built, or its weights do not fit it.
+    """
+    if isinstance(spec, FunctionModel):
+        return FormulaModule(spec)
+    with _seeded(spec.seed):
+        if isinstance(spec, LayersModel):
+            module: Any = build_layers(spec.layers)
+        else:
+            module = build_imported(spec.target, spec.args, base, import_prefixes)
+    if not isinstance(module, nn.Module):
+        raise ModelError("model.target", "must make an nn.Module", type(module).__name__)
+    if spec.weights is not None:
+        load_weights(module, find(spec.weights, base, "model.weights", ModelError, (".safetensors",)))
+    return module.eval()
+
+
+def as_model(model: Any, base: Path | None = None) -> Any:
+    """The module that a spec (an object or a mapping) describes; anything else comes back as it is.
+
+    Args:
+        model: a spec, a mapping with the keys of one, a module or a callable.
+        base: the folder that relative paths start from; the folder one stands in by default.
+
+    Raises:
+        ModelError: the spec breaks a rule, or the model cannot be built.
+    """
+    if isinstance(model, Mapping) and not callable(model):
+        try:
+            model = _ADAPTER.validate_python(dict(model))
+        except ValidationError as error:
+            raise ModelError(*explain(error, ModelSpec, "model")) from None
+    if isinstance(model, LayersModel | ImportModel | FunctionModel):
+        return build(model, base or Path.cwd())
+    return model
+
+
+def digest(spec: LayersModel | ImportModel | FunctionModel, base: Path) -> str:
+    """A sha256 of the spec and of the weights' bytes; the weights' path does not matter.
+
+    Raises:
+        ModelError: there is no such weights file.
+    """
+    content = spec.model_dump(mode="json")
+    weights = content.pop("weights", None)
+    if weights is not None:
+        content["weights"] = file_digest(find(weights, base, "model.weights", ModelError))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draws on the CPU come from this seed inside, and the caller's random state is untouched."""
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
