@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacray_workers import planner, products, weights
+from jacray_workers import cache, planner, products, weights
 from jacray_workers.arrays import ArrayPlanner, structure
 from jacray_workers.errors import InputError
 from jacray_workers.plan import ArrayPlan, Plan
@@ -60,15 +60,21 @@ def prepare(model: Any, inputs: Any, request: Request, *, plan: Plan | None = No
     Raises:
         UserError: the model, the inputs or the request break a rule, or the work cannot fit its memory.
     """
-    problem, leaves = resolve(model, inputs, request)
+    key = cache.key_of(model, inputs, request, workers) if plan is None else None
+    kept = cache.recall(model, key)
+    if kept is not None:
+        problem, plan, leaves = kept
+    else:
+        problem, leaves = resolve(model, inputs, request)
     samples = leaves[0].shape[0]
     ks = weights.cotangents(problem, request.weights, samples) if "weighted_gradient" in request.returns else None
     wants_vectors = "jvp" in request.returns or request.vectors is not None
     vs = weights.tangents(problem, request.vectors, samples) if wants_vectors else None
-    products.check(problem, request)
     if plan is None:
+        products.check(problem, request)
         arrays = ArrayPlanner(problem, request, samples, _lead(ks), _lead(vs)).all()
         plan = planner.choose(problem, leaves, request, arrays, workers, ks, vs)
+        cache.remember(model, key, problem, plan)
     elif plan.samples != samples:
         raise InputError("inputs", f"must have the {plan.samples} samples that the plan was made for", samples)
     return Prepared(problem, request, plan, tuple(leaves), ks, vs)

@@ -134,6 +134,8 @@ class Problem:
         cast: the precision float inputs are cast to, or None to take them as they come.
         random: the model draws random numbers, so every pass starts from the same seed.
         notes: what a reader of the plan should know.
+        memo: what kernels found out about the model's make-up and may use again in later calls. It outlives changes of
+            the parameters' values, so nothing computed from them belongs here, and no reference to the module.
     """
 
     module: nn.Module
@@ -153,6 +155,7 @@ class Problem:
     cast: torch.dtype | None = None
     random: bool = False
     notes: tuple[str, ...] = ()
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:

@@ -46,7 +46,7 @@ def resolve(model: Any, inputs: Any, request: Request) -> tuple[Problem, list[Te
         leaves=(),
         outs=(),
         rows=0,
-        tensors=_moved(module, device, cast),
+        tensors=moved(module, device, cast),
         device=device,
         dtype=torch.float32,
         training=request.training,
@@ -140,7 +140,7 @@ def pick_device(device: str, module: nn.Module, leaves: Sequence[Tensor]) -> tor
     return torch.device("cuda", picked.index or 0) if picked.type == "cuda" else picked
 
 
-def _moved(module: nn.Module, device: torch.device, cast: torch.dtype | None) -> dict[str, Tensor]:
+def moved(module: nn.Module, device: torch.device, cast: torch.dtype | None) -> dict[str, Tensor]:
     """Parameters and buffers that must be used in place of the module's own: moved, cast, or shielded from writes.
 
     In training mode buffers such as running statistics are written to, so copies take the writes.
