@@ -23,7 +23,7 @@ from jacray_workers.weights import Directions
 # Methods predicted to be slower than the best by more than this are priced but not tried.
 FIELD = 6.0
 # A trial may take this many seconds, or this share of the predicted job.
-TRIAL_SECONDS = 0.25
+TRIAL_SECONDS = 0.1
 TRIAL_SHARE = 0.05
 TRIAL_ROWS = 64
 
@@ -258,8 +258,7 @@ def _race(case: Case, kernel: Any, candidate: Candidate) -> float:
         count = 1
     batch = trial.first_samples(problem, case.leaves, count)
     run = _runner(dataclasses.replace(case, known=None) if case.work == "vjp" else case, kernel, batch)
-    first = pricing.once(run, problem.device)
-    seconds = min([first, *(pricing.once(run, problem.device) for _ in range(2 if first < allowed / 2 else 0))])
+    seconds = pricing.best_of(run, problem.device, allowed)
     whole = candidate.method in ("chain", "forward")
     return seconds / count * case.samples / (1.0 if whole else max(share, 1e-9))
 

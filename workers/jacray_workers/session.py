@@ -38,10 +38,12 @@ def session(module: nn.Module, *, training: bool, tf32: bool, seed: int) -> Iter
         stack.enter_context(_fast_path_off())
         stack.enter_context(_tf32(tf32))
         stack.enter_context(_kept_rng())
-        stack.enter_context(torch.inference_mode(mode=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         for device in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device, enabled=False))
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         module.train(training)
         torch.manual_seed(seed)
         yield
