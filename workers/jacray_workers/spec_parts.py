@@ -21,6 +21,7 @@ class Spec(BaseModel):
 
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Whole = Annotated[int, Field(strict=True)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 def _printable(path: str) -> str:
