@@ -45,7 +45,8 @@ def build(
         if isinstance(spec, LayersModel):
             module: Any = build_layers(spec.layers)
         else:
-            module = build_imported(spec.target, spec.args, base, import_prefixes)
+            folder = find(spec.path, base, "model.path", ModelError)
+            module = build_imported(spec.target, spec.args, folder, import_prefixes)
     if not isinstance(module, nn.Module):
         raise ModelError("model.target", "must make an nn.Module", type(module).__name__)
     if spec.weights is not None:
@@ -80,6 +81,7 @@ def digest(spec: LayersModel | ImportModel | FunctionModel, base: Path) -> str:
         ModelError: there is no such weights file.
     """
     content = spec.model_dump(mode="json")
+    content.pop("path", None)
     weights = content.pop("weights", None)
     if weights is not None:
         content["weights"] = file_digest(find(weights, base, "model.weights", ModelError))

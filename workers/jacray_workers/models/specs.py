@@ -145,6 +145,7 @@ class ImportModel(Spec):
     kind: Literal["import"] = "import"
     target: str = Field(description="package.module:factory")
     args: dict[str, Any] = Field(default_factory=dict)
+    path: SpecPath = Field(default=".", description="a folder whose files can be imported besides what is installed")
     weights: Weights = None
     seed: Seed = Field(default=0, description="set while the factory runs; the caller's random state is left alone")
 

@@ -1,0 +1,183 @@
+"""A run as its YAML file says it: five blocks, checked before anything is built, read or started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from jacray_workers.errors import SpecError, UserError
+from jacray_workers.models.specs import ModelSpec
+from jacray_workers.request import Request
+from jacray_workers.sources.specs import InputSpec
+from jacray_workers.spec_parts import Spec, SpecPath
+from jacray_workers.validation import explain, nearest
+from pydantic import Field, StrictBool, ValidationError, field_validator
+
+from jacray import documents
+from jacray.documents import Document
+from jacray.overrides import override
+
+Count = Annotated[int, Field(strict=True, ge=1, le=100_000)]
+_ADDRESSES = ("inline", "local", "auto")
+
+
+class Cluster(Spec):
+    """Where the job runs."""
+
+    address: str = Field(
+        default="local", description="inline (this process), local (a Ray for this run), auto or ray://HOST:PORT"
+    )
+    workers: Count = 2
+    cpus_per_worker: Count = Field(default=1, description="also each worker's number of torch threads")
+    gpus_per_worker: Annotated[float, Field(strict=True, ge=0, le=64, allow_inf_nan=False)] = 0
+
+    @field_validator("address")
+    @classmethod
+    def _is_known(cls, address: str) -> str:
+        if address in _ADDRESSES or (address.startswith("ray://") and len(address) > len("ray://")):
+            return address
+        close = nearest(address, _ADDRESSES)
+        way_out = close if close.startswith("did you mean") else ""
+        raise SpecError("", "must be inline, local, auto or ray://HOST:PORT", address, way_out)
+
+
+class Output(Spec):
+    """Where the results go."""
+
+    path: SpecPath | None = Field(
+        default=None, description="the run folder, from the folder one stands in; runs/NAME by default"
+    )
+    report: StrictBool = True
+    overwrite: StrictBool = Field(default=False, description="replace the run of another spec")
+
+
+class RunSpec(Spec):
+    """A whole run."""
+
+    model: ModelSpec
+    inputs: InputSpec
+    request: Request = Request()
+    cluster: Cluster = Cluster()
+    output: Output = Output()
+
+    @field_validator("request")
+    @classmethod
+    def _directions_are_readable(cls, request: Request) -> Request:
+        from jacray_workers.sources.directions import check_directions
+
+        for name in ("weights", "vectors"):
+            check_directions(getattr(request, name), name)
+        return request
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked spec with where it came from.
+
+    Attributes:
+        spec: the blocks, defaults filled in.
+        document: the YAML with its overrides.
+        base: the folder that relative paths start from.
+        folder: the run folder.
+    """
+
+    spec: RunSpec
+    document: Document
+    base: Path
+    folder: Path
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Errors raised inside name the file, the line and the dotted key as well."""
+        try:
+            yield
+        except UserError as error:
+            raise _located(error, self.document) from error.__cause__
+
+
+def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """Read a YAML file, apply overrides, and check everything that can be checked without reading data.
+
+    Raises:
+        SpecError: naming the file and line or the override, the key, the rule, the value and the nearest known name.
+    """
+    path = Path(path)
+    document = override(documents.read(path), overrides)
+    spec = check(document)
+    return Run(spec, document, path.parent, Path(spec.output.path or f"runs/{path.stem}").expanduser())
+
+
+def check(document: Document) -> RunSpec:
+    """The spec that a document holds.
+
+    Raises:
+        SpecError: naming the place, the key, the rule, the value and the nearest known name.
+    """
+    try:
+        return RunSpec.model_validate(document.data)
+    except ValidationError as error:
+        raise _located(SpecError(*explain(error, RunSpec)), document) from None
+
+
+def _located(error: UserError, document: Document) -> UserError:
+    key = error.argument
+    first = key.partition(".")[0]
+    if first in Request.model_fields:
+        key = f"request.{key}"
+    return type(error)(f"{document.place(key)}: {key}", error.rule, error.value, error.way_out)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of the YAML, for editors."""
+    found = RunSpec.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "jacray run", **found}
+
+
+Pin = Literal["method", "chunk_size", "memory_budget"]
+PINNED: Mapping[Pin, Any] = {"method": "auto", "chunk_size": None, "memory_budget": None}
+"""What a plan decides of a request, with the values that leave it to the plan."""
+
+
+def resolved(run: Run, pins: Mapping[Pin, Any] | None = None) -> dict[str, Any]:
+    """The run as plain data with every default written out, its relative paths starting from the run folder.
+
+    Args:
+        run: the run.
+        pins: what the plan decided, put in where the spec left it open.
+    """
+    data: dict[str, Any] = _plain(run.spec.model_dump())
+    data["output"]["path"] = str(run.folder)
+    for block in ("model", "inputs"):
+        data[block] = _moved(data[block], run.base, run.folder)
+    for key in ("weights", "vectors"):
+        data["request"][key] = _moved(data["request"][key], run.base, run.folder)
+    data["request"] |= pins or {}
+    return data
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts only, `kind` first, names left out where there is none."""
+    if isinstance(value, Mapping):
+        first = {"kind": value["kind"]} if "kind" in value else {}
+        rest = {str(k): _plain(v) for k, v in value.items() if not (k in ("name", "of") and v is None)}
+        return first | rest
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _moved(value: Any, base: Path, folder: Path) -> Any:
+    """The same block with paths that start from another folder."""
+    if not isinstance(value, Mapping):
+        return value
+    if "kind" not in value:
+        return {name: _moved(part, base, folder) for name, part in value.items()}
+    return {key: _rebased(part, base, folder) if key in ("path", "weights") else part for key, part in value.items()}
+
+
+def _rebased(path: Any, base: Path, folder: Path) -> Any:
+    if not isinstance(path, str) or Path(path).is_absolute() or path.startswith("~"):
+        return path
+    return os.path.relpath(base / path, folder)
