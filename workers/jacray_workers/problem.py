@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from jacray_workers.errors import ModelError
 from jacray_workers.points import hidden_points
 from jacray_workers.request import ModulePoint
-from jacray_workers.session import session
+from jacray_workers.session import seed_generators, session
 from jacray_workers.trees import Arguments
 
 Side = Literal["input", "param", "module"]
@@ -160,7 +160,7 @@ class Problem:
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """The state to compute in; the caller's module is as it was afterwards."""
-        with session(self.module, training=self.training, tf32=self.tf32, seed=self.seed):
+        with session(self.module, training=self.training, tf32=self.tf32, seed=self.seed if self.random else None):
             yield
 
     def values(self, batch: Sequence[Tensor]) -> list[Tensor]:
@@ -196,7 +196,7 @@ class Problem:
             else:
                 injected[leaf.point] = value
         if self.random:
-            torch.manual_seed(self.seed)
+            seed_generators(self.seed)
         args, kwargs = self.call.bind(inputs)
         with hidden_points(self.module, injected, self.point) as captured:
             y = self._call(swapped, args, kwargs)

@@ -56,6 +56,7 @@ def resolve(model: Any, inputs: Any, request: Request) -> tuple[Problem, list[Te
         out_tree=None,
         point=point,
         cast=cast,
+        random=True,
     )
     batch = place(problem, [leaf[:1] for leaf in leaves])
     with problem.session():

@@ -23,13 +23,13 @@ def lock_of(module: nn.Module) -> threading.RLock:
 
 
 @contextlib.contextmanager
-def session(module: nn.Module, *, training: bool, tf32: bool, seed: int) -> Iterator[None]:
+def session(module: nn.Module, *, training: bool, tf32: bool, seed: int | None) -> Iterator[None]:
     """Hold the module in the state that derivatives need; restore the caller's state on the way out.
 
     Inside: train or eval mode as asked, parameters without `requires_grad`, gradients recorded whatever the caller
     has switched off, no autocast, no fused attention fast path, TF32 as asked, the seed set. Restored after:
     all of these, the modules' attributes, the tables of parameters, buffers and hooks, and the state of torch's
-    random generators.
+    random generators. `seed` is None for a model that draws no random numbers.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_of(module))
@@ -37,15 +37,17 @@ def session(module: nn.Module, *, training: bool, tf32: bool, seed: int) -> Iter
         stack.enter_context(_kept_requires_grad(module))
         stack.enter_context(_fast_path_off())
         stack.enter_context(_tf32(tf32))
-        stack.enter_context(_kept_rng())
+        if seed is not None:
+            stack.enter_context(_kept_rng())
+            seed_generators(seed)
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        module.train(training)
-        torch.manual_seed(seed)
+        if any(part.training != training for part in module.modules()):
+            module.train(training)
         yield
 
 
@@ -110,6 +112,13 @@ def _tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch's generators; `torch.manual_seed` would also queue a call for every absent accelerator, a slow one."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextlib.contextmanager

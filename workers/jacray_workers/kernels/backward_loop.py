@@ -1,4 +1,4 @@
-"""`backward_loop`: plain autograd, one backward per output row.
+"""`backward_loop`: plain autograd, one backward per output row (one for all rows where passes are tiny).
 
 For inputs and hidden points the whole batch goes forward at once and row r's backward starts from the sum over
 samples, which is right only where samples are independent: the engine probes that first, and otherwise calls with a
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from jacray_workers.errors import MethodError
-from jacray_workers.kernels.common import blocks_for, per_sample
+from jacray_workers.kernels.common import basis, blocks_for, per_sample
 from jacray_workers.problem import Problem
+
+# Numbers in flight up to which a pass is all overhead: folding the rows into the batch then beats one pass per row.
+FOLDED = 1 << 17
 
 
 def refuse(problem: Problem) -> str:
@@ -43,11 +46,31 @@ def jacobian(
 
 
 def _loop(problem: Problem, batch: Sequence[Tensor], rows: range, blocks: Sequence[Tensor]) -> None:
+    if _launch_bound(problem, batch, len(rows)):
+        _fold(problem, batch, rows, blocks)
+        return
     values, y = _graph(problem, batch)
     for place, row in enumerate(rows):
         grads = pull(y[:, row].sum(), values, None, keep=row != rows[-1])
         for block, leaf, grad in zip(blocks, problem.leaves, grads, strict=True):
             block[:, place] = grad if per_sample(leaf) else grad.unsqueeze(0)
+
+
+def _launch_bound(problem: Problem, batch: Sequence[Tensor], rows: int) -> bool:
+    """Whether the backward passes are so small that calling them costs more than their arithmetic."""
+    widest = max(leaf.size for leaf in problem.leaves)
+    cheap = rows * batch[0].shape[0] * (widest + problem.rows) <= FOLDED and not problem.random
+    return rows > 1 and cheap and all(per_sample(leaf) for leaf in problem.leaves)
+
+
+def _fold(problem: Problem, batch: Sequence[Tensor], rows: range, blocks: Sequence[Tensor]) -> None:
+    """All rows in one backward: the batch is repeated once per row, and each copy pulls its own row back."""
+    size, count = batch[0].shape[0], len(rows)
+    repeated = [leaf.repeat_interleave(count, dim=0) for leaf in batch]
+    values, y = _graph(problem, repeated)
+    cotangent = basis(rows, problem.rows, y).repeat(size, 1)
+    for block, grad in zip(blocks, pull(y, values, cotangent, keep=False), strict=True):
+        block.copy_(grad.view(block.shape))
 
 
 def _graph(problem: Problem, batch: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
