@@ -20,20 +20,20 @@ def as_model(model: Any, base: Path | None = None) -> Any:
     Raises:
         ModelError: the spec breaks a rule, or the model cannot be built.
     """
-    from jacray_workers.models.build import as_model as make
+    from jacray_workers.models.builder import as_model as make
 
     return make(model, base)
 
 
 def build(spec: Any, base: Path, import_prefixes: Sequence[str] | None = None) -> nn.Module:
-    """Make the module that a checked spec describes; see `jacray_workers.models.build`."""
-    from jacray_workers.models.build import build as make
+    """Make the module that a checked spec describes; see `jacray_workers.models.builder`."""
+    from jacray_workers.models.builder import build as make
 
     return make(spec, base, import_prefixes)
 
 
 def digest(spec: Any, base: Path) -> str:
     """A sha256 of a checked spec and of its weights' bytes."""
-    from jacray_workers.models.build import digest as make
+    from jacray_workers.models.builder import digest as make
 
     return make(spec, base)

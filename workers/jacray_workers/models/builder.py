@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from jacray_workers.errors import ModelError
+from jacray_workers.errors import ModelError, Plain
+from jacray_workers.explain import size
 from jacray_workers.models.formula import FunctionModel
 from jacray_workers.models.function import FormulaModule
 from jacray_workers.models.imported import build_imported
@@ -41,6 +43,8 @@ def build(
     """
     if isinstance(spec, FunctionModel):
         return FormulaModule(spec)
+    if isinstance(spec, LayersModel):
+        _check_memory(spec)
     with _seeded(spec.seed):
         if isinstance(spec, LayersModel):
             module: Any = build_layers(spec.layers)
@@ -86,6 +90,16 @@ def digest(spec: LayersModel | ImportModel | FunctionModel, base: Path) -> str:
     if weights is not None:
         content["weights"] = file_digest(find(weights, base, "model.weights", ModelError))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_memory(spec: LayersModel) -> None:
+    """Refuse layers that cannot fit, before anything is allocated."""
+    with torch.device("meta"):
+        module = build_layers(spec.layers)
+    needed = sum(p.numel() * p.element_size() for p in module.parameters())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ModelError("model.layers", f"must fit into the {size(free)} of memory that are free", Plain(size(needed)))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacray_workers.errors import InputError, Plain, SpecError
 from jacray_workers.nested import tensor_of
-from jacray_workers.sources.load import Loaded, load
+from jacray_workers.sources.loader import Loaded, load
 from jacray_workers.sources.specs import DirectionSpec, OneHot
 from jacray_workers.validation import explain, nearest
 
