@@ -67,7 +67,7 @@ class RunSpec(Spec):
     @field_validator("request")
     @classmethod
     def _directions_are_readable(cls, request: Request) -> Request:
-        from jacray_workers.sources.directions import check_directions
+        from jacray_workers.sources.weighting import check_directions
 
         for name in ("weights", "vectors"):
             check_directions(getattr(request, name), name)

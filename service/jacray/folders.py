@@ -1,0 +1,152 @@
+"""A run's folder: all its paths in one place, and the one way to put a new run where an old one may be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jacray_workers.errors import Plain, SpecError
+
+from jacray import documents
+from jacray.spec import PINNED, Run, resolved
+
+SPEC, RESULTS, RECEIPT, REPORT = "spec.yaml", "results.zarr", "receipt.json", "report.html"
+OURS = (SPEC, RESULTS, RECEIPT, REPORT)
+# What may differ between two runs of the same spec: where they ran, and what is done with the results.
+_ASIDE = ("cluster", "output")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        """The resolved spec."""
+        return self.path / SPEC
+
+    @property
+    def results(self) -> Path:
+        """The zarr group."""
+        return self.path / RESULTS
+
+    @property
+    def receipt(self) -> Path:
+        """How the results came about."""
+        return self.path / RECEIPT
+
+    @property
+    def report(self) -> Path:
+        """The page for people."""
+        return self.path / REPORT
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run was written here."""
+        return self.spec.is_file()
+
+
+def check_free(run: Run) -> None:
+    """Refuse to write where something else is, before anything is computed.
+
+    Raises:
+        SpecError: the folder cannot be written to, holds what no run wrote, or holds the run of another spec; the
+            error says what differs and how to go on.
+    """
+    folder = RunFolder(run.folder)
+    key = "output.path"
+    with run.naming():
+        if run.folder.exists() and not run.folder.is_dir():
+            raise SpecError(key, "must be a folder", Plain(str(run.folder)))
+        if Path.cwd().is_relative_to(run.folder.resolve()):
+            raise SpecError(
+                key, "must not be the folder one stands in, which is replaced whole", Plain(str(run.folder))
+            )
+        above = next(p for p in (run.folder, *run.folder.absolute().parents) if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise SpecError(key, f"must lie where one may write, which {above} is not", Plain(str(run.folder)))
+        if not run.folder.exists():
+            return
+        if not folder.is_run and any(run.folder.iterdir()):
+            rule = "must be a new folder, an empty one, or one that a run wrote"
+            raise SpecError(key, rule, Plain(str(run.folder)), "choose another output.path")
+        if folder.is_run and not run.spec.output.overwrite:
+            changed = differences(documents.read(folder.spec).data, _open(run))
+            if changed:
+                rule = f"holds the run of another spec ({'; '.join(changed)})"
+                way_out = "choose another output.path, or set output.overwrite=true"
+                raise SpecError(key, rule, Plain(str(run.folder)), way_out)
+
+
+def _open(run: Run) -> dict[str, Any]:
+    """The resolved run without what it leaves to the plan."""
+    data = resolved(run)
+    data["request"] = {k: v for k, v in data["request"].items() if k not in PINNED or v != PINNED[k]}
+    return data
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], most: int = 3) -> list[str]:
+    """What differs between two resolved specs, as `KEY was OLD and is NEW`; at most so many, then a count.
+
+    What the new one leaves to the plan counts as equal.
+    """
+    before, after = ({k: v for k, v in _leaves(data, "") if k.partition(".")[0] not in _ASIDE} for data in (old, new))
+    left = {f"request.{name}" for name in PINNED} - set(after)
+    keys = [key for key in dict.fromkeys([*before, *after]) if key not in left and before.get(key) != after.get(key)]
+    told = [f"{key} was {_short(before.get(key))} and is {_short(after.get(key))}" for key in keys[:most]]
+    return [*told, f"and {len(keys) - most} more"] if len(keys) > most else told
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, part in value.items():
+            yield from _leaves(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+        for i, part in enumerate(value):
+            yield from _leaves(part, f"{path}.{i}")
+    else:
+        yield path, value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
+
+    A run that was there before is replaced whole; files in its folder that no run wrote are kept.
+
+    Yields:
+        The folder to write to.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    fresh = path.parent / f".{path.name}.new-{mark}"
+    fresh.mkdir()
+    try:
+        yield fresh
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    if not path.exists():
+        fresh.rename(path)
+        return
+    old = path.parent / f".{path.name}.old-{mark}"
+    path.rename(old)
+    fresh.rename(path)
+    for entry in old.iterdir():
+        if entry.name not in OURS:
+            entry.rename(path / entry.name)
+    shutil.rmtree(old)
