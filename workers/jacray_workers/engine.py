@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jacray_workers import cache, planner, products, weights
 from jacray_workers.arrays import ArrayPlanner, structure
+from jacray_workers.blocks import Block, dense_block
 from jacray_workers.errors import InputError
 from jacray_workers.plan import ArrayPlan, Plan
 from jacray_workers.problem import Problem
@@ -114,6 +115,17 @@ def assemble(prepared: Prepared, blocks: dict[str, Any]) -> dict[str, Any]:
     """Result name -> the user's structure: a tensor, a dict for parameters, the model's own for pytrees."""
     found: dict[str, Any] = {}
     for name in prepared.request.returns:
-        by_place = {(array.out, array.leaf): blocks[array.key] for array in prepared.plan.array(name)}
+        by_place = {(a.out, a.leaf): _with_methods(prepared, a, blocks[a.key]) for a in prepared.plan.array(name)}
         found[name] = structure(prepared.problem, prepared.request, name, by_place)
     return found
+
+
+def _with_methods(prepared: Prepared, array: ArrayPlan, value: Any) -> Any:
+    """Unless plain tensors were asked for, every parameter block has a block's methods, dense or not."""
+    blockwise = array.name == "jacobian" and prepared.request.form != "dense"
+    if not blockwise or prepared.problem.leaves[array.leaf].side != "param" or isinstance(value, Block):
+        return value
+    if not isinstance(value, Tensor):
+        return value
+    leaf = prepared.problem.leaves[array.leaf]
+    return dense_block(value, prepared.problem.outs[array.out].shape, leaf.shape)

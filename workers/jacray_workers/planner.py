@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacray_workers import memory, pricing, sizing, trial
+from jacray_workers import memory, pricing, products, sizing, trial
+from jacray_workers.blocks import Block, DenseBlock
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels import NAMES, pick
+from jacray_workers.ladder import Standing, stand
 from jacray_workers.plan import ArrayPlan, Candidate, Plan
 from jacray_workers.problem import Problem
-from jacray_workers.products import FROM_JACOBIAN
 from jacray_workers.request import Request, budget_bytes
 from jacray_workers.weights import Directions
 
@@ -44,7 +45,7 @@ class Case:
     on: pricing.Machine
     batch: list[Tensor]
     known: trial.Reference | None
-    alone: bool
+    standing: Standing
 
     @property
     def samples(self) -> int:
@@ -73,11 +74,12 @@ def choose(
         MethodError: the method asked for cannot do this work; names one that can.
         BudgetError: the work cannot fit the memory budget.
     """
-    work = _work(request)
+    work = products.work(problem, request)
     budget = _budget(request, problem, workers)
+    products.refuse_large(problem, request, arrays, budget)
     with problem.session():
         batch = trial.first_samples(problem, leaves, min(leaves[0].shape[0], 2))
-        alone = True
+        standing = stand(problem, trial.first_samples(problem, leaves, min(leaves[0].shape[0], 4)))
         rows = _trial_rows(problem, work, budget)
         case = Case(
             problem,
@@ -86,13 +88,13 @@ def choose(
             arrays,
             workers,
             work,
-            max([d.count for d in (ks, vs) if d] or [1]),
+            _directions(problem, request, ks, vs),
             budget,
             pricing.forward_cost(problem, [leaf[:1] for leaf in batch]),
             pricing.machine(problem.device, torch.get_num_threads()),
             batch,
             trial.reference(problem, batch, request.seed, rows),
-            alone,
+            standing,
         )
         field = _field(case)
         runners = [tried for tried in field if tried.line is not None]
@@ -103,20 +105,23 @@ def choose(
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate with what its trial showed; `line` is None where it was refused or not tried."""
+    """A candidate with what its trial showed; `line` is None where it was refused or not tried.
+
+    `factored` says which leaves' blocks stay factors, and `factor_bytes` how many bytes those take for one sample.
+    """
 
     candidate: Candidate
     line: memory.Line | None = None
     factored: tuple[bool, ...] = ()
     cuts: tuple[str, ...] = ()
+    factor_bytes: float = 0.0
 
 
-def _work(request: Request) -> str:
-    if FROM_JACOBIAN.intersection(request.returns):
-        return "jacobian"
-    if "weighted_gradient" in request.returns:
-        return "vjp"
-    return "jvp" if "jvp" in request.returns else "outputs"
+def _directions(problem: Problem, request: Request, ks: Directions | None, vs: Directions | None) -> int:
+    """How many cotangents or tangents are in flight at a time."""
+    vectors = vs.count if vs else 1
+    pushed = vectors if "jvp" in request.returns else 1
+    return max(ks.count if ks else 1, pushed, products.width(problem, request, vectors))
 
 
 def _budget(request: Request, problem: Problem, workers: int) -> int:
@@ -154,24 +159,25 @@ def _field(case: Case) -> list[Tried]:
 def _predict(case: Case, method: str) -> Candidate:
     """The price by formula, for the whole job."""
     chunk = min(case.samples, 32)
-    price = pricing.price(method, case.work, case.problem, case.one, chunk, case.directions)
+    passes = ("jvp", "vjp") if case.work == "both" else (case.work,)
+    priced = [pricing.price(method, work, case.problem, case.one, chunk, case.directions) for work in passes]
     chunks = case.samples / chunk
     refused = _refuse(case, method)
     return Candidate(
         method,
         refused,
-        price.operations * chunks,
-        price.bytes * chunks,
+        sum(price.operations for price in priced) * chunks,
+        sum(price.bytes for price in priced) * chunks,
         0.0,
-        price.launches * chunks,
-        price.seconds(case.on) * chunks,
+        sum(price.launches for price in priced) * chunks,
+        sum(price.seconds(case.on) for price in priced) * chunks,
     )
 
 
 def _refuse(case: Case, method: str) -> str:
     """Reasons that need no running."""
-    if not case.alone and method in ("layerwise", "chain"):
-        return "random draws depend on a sample's place in the batch, and this method runs whole batches"
+    if not case.standing.batched and method in ("layerwise", "chain"):
+        return f"it runs whole batches, and {case.standing.why}"
     if case.work != "jacobian" and method == "chain":
         return "a product with vectors needs no chain"
     refused: str = pick(method).refuse(case.problem)
@@ -181,7 +187,7 @@ def _refuse(case: Case, method: str) -> str:
 def _try(case: Case, candidate: Candidate) -> Tried:
     """Run on the trial samples: refused with the reason, or timed and measured."""
     problem, kernel = case.problem, pick(candidate.method)
-    single = not case.alone and candidate.method == "backward_loop"
+    single = not case.standing.batched and candidate.method == "backward_loop"
     batch = [leaf[:1] for leaf in case.batch] if single else case.batch
     known = None if single else case.known
     run = _runner(case, kernel, batch)
@@ -194,8 +200,11 @@ def _try(case: Case, candidate: Candidate) -> Tried:
     refused = trial.admits(candidate.method, problem, known, compare)
     if refused:
         return Tried(dataclasses.replace(candidate, refused=refused))
-    factored = tuple(getattr(block, "factored", False) for block in kept.pop()) if _factors(case, kernel) else ()
     size = batch[0].shape[0]
+    blocks = kept.pop()
+    factored = tuple(_kept_as_factors(b) for b in blocks) if _factors(case, kernel) else ()
+    held = sum(b.nbytes_factored for b in blocks if isinstance(b, Block) and _kept_as_factors(b)) / size
+    del blocks
     few = [leaf[:1] for leaf in batch]
     peaks = [(1, memory.measure(_runner(case, kernel, few), problem.device))]
     if size > 1:
@@ -203,11 +212,19 @@ def _try(case: Case, candidate: Candidate) -> Tried:
     line = memory.fit(peaks)
     priced = dataclasses.replace(candidate, seconds=_race(case, kernel, candidate), measured=True)
     describe = getattr(kernel, "cuts", None)
-    return Tried(priced, line, factored, describe(problem, batch) if describe and case.work == "jacobian" else ())
+    cuts = describe(problem, batch) if describe and case.work == "jacobian" else ()
+    return Tried(priced, line, factored, cuts, held * problem.rows / max(len(case.rows), 1))
 
 
-def _runner(case: Case, kernel: Any, batch: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """The kernel's work on these samples."""
+def _kept_as_factors(block: Tensor) -> bool:
+    return isinstance(block, Block) and not isinstance(block, DenseBlock)
+
+
+def _runner(
+    case: Case, kernel: Any, batch: list[Tensor], trial_rows: range | None = None
+) -> Callable[[], list[Tensor]]:
+    """The kernel's work on these samples, and for methods that go by rows on these rows."""
+    trial_rows = case.rows if trial_rows is None else trial_rows
     problem, request = case.problem, case.request
     size = batch[0].shape[0]
     u = torch.ones(case.directions, size, problem.rows, dtype=problem.dtype, device=problem.device)
@@ -215,17 +232,20 @@ def _runner(case: Case, kernel: Any, batch: list[Tensor]) -> Callable[[], list[T
         u = case.known.cotangent.expand(case.directions, -1, -1)
     if case.work == "vjp":
         return lambda: kernel.vjp(problem, batch, u, per_sample_params=request.reduction == "none")
-    if case.work == "jvp":
+    if case.work in ("jvp", "both"):
         vs = [
             torch.ones(case.directions, size, *leaf.shape, dtype=leaf.dtype, device=problem.device)
             for leaf in problem.leaves
         ]
-        return lambda: [kernel.jvp(problem, batch, vs)]
+        if case.work == "jvp":
+            return lambda: [kernel.jvp(problem, batch, vs)]
+        keep = "singular_values" in request.returns or request.reduction == "none"
+        return lambda: [kernel.jvp(problem, batch, vs), *kernel.vjp(problem, batch, u, per_sample_params=keep)]
     if case.work == "outputs":
         return lambda: [problem.forward(problem.values(batch), batch)]
     if _factors(case, kernel):
-        return lambda: kernel.jacobian(problem, batch, case.rows, form=request.form)
-    rows = None if kernel.__name__.endswith(("chain", "forward")) else case.rows
+        return lambda: kernel.jacobian(problem, batch, trial_rows, form=request.form)
+    rows = None if kernel.__name__.endswith(("chain", "forward")) else trial_rows
     return lambda: kernel.jacobian(problem, batch, rows)
 
 
@@ -242,25 +262,31 @@ def _factors(case: Case, kernel: Any) -> bool:
 def _disagreement(case: Case, found: list[Tensor], known: trial.Reference | None) -> float:
     if known is None or case.work in ("jvp", "outputs"):
         return 0.0
-    if case.work == "vjp":
-        return trial.vjp_disagreement(case.problem, found, known, case.request.reduction == "sum")
+    if case.work in ("vjp", "both"):
+        summed = found[-1].dim() == len(case.problem.leaves[-1].shape) + 1
+        return trial.vjp_disagreement(case.problem, found[-len(case.problem.leaves) :], known, summed)
     return trial.disagreement(found, known)
 
 
 def _race(case: Case, kernel: Any, candidate: Candidate) -> float:
-    """Seconds for the whole job, from a run on as many samples as a trial may take."""
+    """Seconds for the whole job, from a run on as many samples and rows as a trial may take."""
     problem = case.problem
     allowed = max(TRIAL_SECONDS, TRIAL_SHARE * candidate.seconds)
-    share = len(case.rows) / max(problem.rows, 1) if case.work == "jacobian" else 1.0
-    per_sample = max(candidate.seconds / case.samples * share, 1e-9)
-    count = max(1, min(case.samples, 64, int(allowed / per_sample)))
-    if not case.alone and candidate.method == "backward_loop":
+    per_sample = max(candidate.seconds / case.samples, 1e-9)
+    rows = case.rows if per_sample > allowed else range(problem.rows)
+    share = len(rows) / max(problem.rows, 1) if _by_rows(case, candidate) else 1.0
+    heavy = max(1, len(rows) * sum(leaf.size for leaf in problem.leaves) * problem.dtype.itemsize)
+    count = max(1, min(case.samples, 64, int(allowed / (per_sample * share)), case.budget // (8 * heavy)))
+    if not case.standing.batched and candidate.method == "backward_loop":
         count = 1
     batch = trial.first_samples(problem, case.leaves, count)
-    run = _runner(dataclasses.replace(case, known=None) if case.work == "vjp" else case, kernel, batch)
-    seconds = pricing.best_of(run, problem.device, allowed)
-    whole = candidate.method in ("chain", "forward")
-    return seconds / count * case.samples / (1.0 if whole else max(share, 1e-9))
+    run = _runner(dataclasses.replace(case, known=None), kernel, batch, rows)
+    return pricing.best_of(run, problem.device, allowed) / count * case.samples / max(share, 1e-9)
+
+
+def _by_rows(case: Case, candidate: Candidate) -> bool:
+    """Whether the method can compute some rows alone at a share of the cost."""
+    return case.work == "jacobian" and candidate.method not in ("chain", "forward")
 
 
 def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
@@ -268,8 +294,10 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
     problem, request = case.problem, case.request
     arrays = tuple(_factored(a, best) for a in case.arrays)
     line, rows = _banded(case, best)
+    line = products.memory(problem, request, line)
     held = sum(sizing.array_bytes(a) for a in arrays if a.axis < 0)
-    per_sample = sizing.bytes_per_sample([a for a in arrays if not a.factored], case.samples)
+    factors = math.ceil(best.factor_bytes) if any(a.factored for a in arrays) else 0
+    per_sample = sizing.bytes_per_sample([a for a in arrays if not a.factored], case.samples) + factors
     chosen = sizing.sizes(
         case.samples, case.workers, _fixed_chunk(case, best.candidate.method), line, held, per_sample, case.budget, rows
     )
@@ -286,7 +314,7 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
         row_chunk=rows,
         shard_size=chosen.shard,
         arrays=arrays,
-        bytes_out=sum(sizing.array_bytes(a) for a in arrays if not a.factored),
+        bytes_out=sum(sizing.array_bytes(a) for a in arrays if not a.factored) + factors * case.samples,
         peak_bytes=chosen.peak,
         budget_bytes=case.budget,
         device=str(problem.device),
@@ -294,7 +322,7 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
         form=request.form if any(best.factored) else "dense",
         seed=request.seed,
         cuts=best.cuts,
-        notes=_notes(case, field),
+        notes=_notes(case),
     )
 
 
@@ -304,19 +332,20 @@ def _factored(array: ArrayPlan, best: Tried) -> ArrayPlan:
 
 
 def _fixed_chunk(case: Case, method: str) -> int | None:
-    if not case.alone and method == "backward_loop":
+    if not case.standing.batched and method == "backward_loop":
         return 1
     return case.request.chunk_size
 
 
 def _banded(case: Case, best: Tried) -> tuple[memory.Line, int]:
     """The memory line for all rows, or for as many at a time as the budget takes for one sample."""
-    line, total = best.line or memory.Line(0, 0), case.problem.rows
+    problem = case.problem
+    line, total = best.line or memory.Line(0, 0), problem.rows
     seen = len(case.rows)
     if case.work != "jacobian" or best.candidate.method in ("chain", "forward") or seen >= total:
         return line, max(total, 1)
     whole = memory.Line(line.base, line.slope * total / seen)
-    if whole.fit_in(case.budget // 2) >= 1 or seen == 0:
+    if whole.fit_in(case.budget // 2) >= 1 or seen == 0 or not products.separable(problem, case.request):
         return whole, total
     rows = max(1, int(seen * (case.budget // 4) / max(line.at(1), 1)))
     return memory.Line(line.base, line.slope * rows / seen), min(rows, total)
@@ -333,14 +362,13 @@ def _reason(case: Case, field: Sequence[Tried], best: Tried) -> str:
     return f"fastest on the first samples, {factor:.1f} times as fast as {second.method}"
 
 
-def _notes(case: Case, field: Sequence[Tried]) -> tuple[str, ...]:
+def _notes(case: Case) -> tuple[str, ...]:
     notes = list(case.problem.notes)
     if case.known is None:
         notes.append("plain autograd cannot run this model backward, so methods were not compared with it")
-    if not case.alone:
-        notes.append("the model draws random numbers: every pass and every sample sees the same draw, from the seed")
-    failed = [t.candidate for t in field if t.candidate.refused and case.request.method == "auto"]
-    notes += [f"{c.method} was left out: {c.refused}" for c in failed]
+    notes += case.standing.notes
+    if not case.standing.batched:
+        notes.append(f"{case.standing.why}: each sample is computed as a batch of one")
     return tuple(notes)
 
 

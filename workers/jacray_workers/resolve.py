@@ -236,7 +236,7 @@ def _picks(choice: Any, names: list[str], found: list[Any]) -> dict[int, tuple[i
         return {_name_index(name, names): None for name in wanted}
     if isinstance(choice, Mapping):
         return {
-            (i := _name_index(name, names)): None if idx is None else _indices(idx, found[i], f"outputs.{name}")
+            (i := _name_index(str(name), names)): None if idx is None else _indices(idx, found[i], f"outputs.{name}")
             for name, idx in choice.items()
         }
     floats = [i for i, leaf in enumerate(found) if isinstance(leaf, Tensor) and leaf.dtype in _FLOATS]

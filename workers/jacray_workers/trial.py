@@ -92,13 +92,25 @@ def _relative(a: Tensor, b: Tensor, block: Tensor, cotangent: Tensor | None) -> 
     return float((a - b).abs().max() / scale) if scale > 0 else float((a - b).abs().max())
 
 
+# What torch's longest messages come down to.
+_KNOWN = (
+    ("data-dependent control flow", "vmap cannot follow .item() or a branch on a tensor's value"),
+    ("vmap: inplace arithmetic", "the model writes a sample's values into a tensor shared by all samples"),
+    ("setup_context staticmethod", "a custom autograd.Function without setup_context is closed to torch.func"),
+    ("generate_vmap_rule", "a custom autograd.Function without a vmap rule is closed to vmap"),
+    ("saved tensor hooks", "saved-tensor hooks (as checkpointing uses them) are closed to torch.func"),
+    ("_flat_weights", "fused recurrent kernels are closed to vmap"),
+)
+
+
 def why(error: BaseException) -> str:
     """An error as one short line."""
     text = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, UserError):
         return error.rule if error.value is None else f"{error.rule} ({error.value})"
-    for boilerplate in ("vmap: ", "RuntimeError: "):
-        text = text.removeprefix(boilerplate)
+    for known, short in _KNOWN:
+        if known in text:
+            return short
     return f"{type(error).__name__}: {text[:200]}"
 
 

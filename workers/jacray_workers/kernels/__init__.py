@@ -14,7 +14,8 @@
 
 All three are called inside `problem.session()`, with `batch` from `resolve.place`. `refuse(problem)` gives a reason
 why the method cannot serve the problem, known from its shape alone, or the empty string; what only shows in the
-running raises `MethodError`.
+running raises `MethodError`. `lacks` names the passes that a method does not have; where it made blocks, products come
+from those instead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,13 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-NAMES = ("reverse", "forward", "backward_loop")
+NAMES = ("layerwise", "chain", "reverse", "forward", "backward_loop")
+_LACKS = {"layerwise": frozenset(("jvp",)), "chain": frozenset(("jvp", "vjp"))}
+
+
+def lacks(method: str) -> frozenset[str]:
+    """Which of `jvp` and `vjp` the method does not have."""
+    return _LACKS.get(method, frozenset())
 
 
 def pick(method: str) -> ModuleType:
