@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jacray_workers import finite, products
+from jacray_workers import finite
 from jacray_workers.checks import check_shard
 from jacray_workers.errors import BudgetError, JobError, NonFiniteError
 from jacray_workers.kernels import pick
 from jacray_workers.kernels.common import blocks_for
 from jacray_workers.memory import out_of_memory, release
 from jacray_workers.plan import ArrayPlan, Shard
-from jacray_workers.products import Chunk
+from jacray_workers.reduce import Reducer
 from jacray_workers.resolve import place
 from jacray_workers.shard import NonFinite, ShardResult
 
@@ -53,25 +53,33 @@ def run_shard(
     buffers = _Buffers(prepared, shard, into or {})
     chunk, backoffs = prepared.plan.chunk_size, 0
     at = shard.start
+
+    def pause() -> None:
+        if cancelled is not None and cancelled():
+            raise JobError("job", "was cancelled", f"after {at - shard.start} samples of shard {shard.index}")
+
     with prepared.problem.session():
+        reducer = Reducer(prepared, shard, buffers, pause)
         while at < shard.stop:
-            if cancelled is not None and cancelled():
-                raise JobError("job", "was cancelled", f"after {at - shard.start} samples of shard {shard.index}")
+            pause()
             stop = min(at + chunk, shard.stop)
             try:
-                compute_chunk(prepared, at, stop, buffers)
+                compute_chunk(prepared, at, stop, buffers, reducer)
             except Exception as error:
+                buffers.forget()
                 if not out_of_memory(error):
                     raise
                 if stop - at == 1:
                     raise _does_not_fit(prepared, error) from error
                 chunk, backoffs = max(1, (stop - at) // 2), backoffs + 1
             else:
+                buffers.commit()
                 if on_samples is not None:
                     on_samples(stop - at)
                 at = stop
                 continue
             release(prepared.problem.device)
+        reducer.finish()
         blocks = buffers.finished()
         bad = _nonfinite(prepared, shard, blocks)
         checks = check_shard(prepared, shard, blocks) if not bad else ()
@@ -99,6 +107,7 @@ class _Buffers:
         self.arrays = {(a.name, a.out, a.leaf): a for a in prepared.plan.arrays}
         self.parts: dict[str, list[Tensor]] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.added: list[tuple[ArrayPlan, Tensor]] = []
         for array in prepared.plan.arrays:
             if array.factored:
                 self.parts[array.key] = []
@@ -117,16 +126,27 @@ class _Buffers:
         return self.tensors[array.key].narrow(array.axis, start - self.shard.start, stop - start)
 
     def put(self, name: str, out: int, leaf: int, start: int, stop: int, value: Tensor) -> None:
-        """Write a chunk's value, or add it where the array is a sum."""
+        """Write a chunk's value; what is appended or added waits for `commit`."""
         array = self.arrays[name, out, leaf]
-        if array.factored:
-            self.parts[array.key].append(value)
-        elif array.axis < 0:
-            self.tensors[array.key] += value.to(device="cpu", dtype=torch.float64)
+        if array.factored or array.axis < 0:
+            self.added.append((array, value))
         else:
             target = self.view(array, start, stop)
             if target.data_ptr() != value.data_ptr() or target.dtype != value.dtype:
                 target.copy_(value)
+
+    def commit(self) -> None:
+        """The chunk is done: a chunk that ran out of memory halfway and comes again must not count twice."""
+        for array, value in self.added:
+            if array.factored:
+                self.parts[array.key].append(value)
+            else:
+                self.tensors[array.key].add_(value.to("cpu"))
+        self.added.clear()
+
+    def forget(self) -> None:
+        """The chunk failed."""
+        self.added.clear()
 
     def finished(self) -> dict[str, Tensor]:
         """The arrays by key; sums in their own precision."""
@@ -142,27 +162,26 @@ class _Buffers:
         return done
 
 
-def compute_chunk(prepared: Prepared, start: int, stop: int, buffers: _Buffers) -> None:
+def compute_chunk(prepared: Prepared, start: int, stop: int, buffers: _Buffers, reducer: Reducer) -> None:
     """Compute every array for these samples and put it into the buffers."""
     problem, returns = prepared.problem, prepared.request.returns
     batch = place(problem, [leaf[start:stop] for leaf in prepared.leaves])
     kernel = pick(prepared.plan.method)
     y = None
-    if "outputs" in returns or "ggn" in returns or "fisher" in returns:
+    if "outputs" in returns or reducer.wants_outputs:
         with torch.no_grad():
             y = problem.forward(problem.values(batch), batch)
     if "outputs" in returns and y is not None:
         for o, part in enumerate(problem.split(y)):
             buffers.put("outputs", o, -1, start, stop, part)
-    if prepared.cotangents is not None and "weighted_gradient" in returns:
+    if "weighted_gradient" in returns and "weighted_gradient" not in reducer.by_blocks:
         _weighted(prepared, kernel, batch, start, stop, buffers)
-    if prepared.tangents is not None and "jvp" in returns:
+    if prepared.tangents is not None and "jvp" in returns and "jvp" not in reducer.by_blocks:
         pushed = kernel.jvp(problem, batch, prepared.tangents.select(start, stop))
         for o, part in enumerate(problem.split(pushed, axis=2)):
             buffers.put("jvp", o, -1, start, stop, part if prepared.tangents.many else part[0])
-    if products.FROM_JACOBIAN.intersection(returns):
-        blocks = _jacobian(prepared, kernel, batch, start, stop, buffers)
-        _reduce(prepared, blocks, y, start, stop, buffers)
+    blocks = _jacobian(prepared, kernel, batch, start, stop, buffers) if "jacobian" in returns else None
+    reducer.add(start, stop, batch, y, blocks)
 
 
 def _weighted(prepared: Prepared, kernel: Any, batch: list[Tensor], start: int, stop: int, buffers: _Buffers) -> None:
@@ -183,12 +202,12 @@ def _jacobian(
     problem, plan = prepared.problem, prepared.plan
     arrays = plan.array("jacobian")
     one_out = len(problem.outs) == 1
-    if any(a.factored for a in arrays) or (plan.form == "factors" and not arrays):
-        blocks: list[Tensor] = kernel.jacobian(problem, batch, form="factors")
-        _put_split(problem, blocks, start, stop, buffers, bool(arrays))
+    if any(a.factored for a in arrays):
+        blocks: list[Tensor] = kernel.jacobian(problem, batch, form=prepared.request.form)
+        _put_split(problem, blocks, start, stop, buffers)
         return blocks
     size = stop - start
-    direct = bool(arrays) and one_out and problem.device.type == "cpu" and all(_direct(a, problem) for a in arrays)
+    direct = one_out and problem.device.type == "cpu" and all(_direct(a, problem) for a in arrays)
     if direct:
         into = [
             buffers.view(a, start, stop).view(size, problem.rows, *leaf.shape)
@@ -197,8 +216,8 @@ def _jacobian(
     else:
         into = blocks_for(problem, size, problem.rows, None)
     blocks = by_rows(kernel, problem, batch, into, plan.row_chunk)
-    if arrays and not direct:
-        _put_split(problem, blocks, start, stop, buffers, True)
+    if not direct:
+        _put_split(problem, blocks, start, stop, buffers)
     return blocks
 
 
@@ -220,9 +239,7 @@ def _direct(array: ArrayPlan, problem: Any) -> bool:
     return TORCH_OF[array.dtype] == torch.promote_types(problem.leaves[array.leaf].dtype, problem.dtype)
 
 
-def _put_split(problem: Any, blocks: Sequence[Tensor], start: int, stop: int, buffers: _Buffers, wanted: bool) -> None:
-    if not wanted:
-        return
+def _put_split(problem: Any, blocks: Sequence[Tensor], start: int, stop: int, buffers: _Buffers) -> None:
     for i, block in enumerate(blocks):
         for o, part in enumerate(_by_output(problem, block)):
             buffers.put("jacobian", o, i, start, stop, part)
@@ -237,64 +254,6 @@ def _by_output(problem: Any, block: Tensor) -> list[Tensor]:
     if len(problem.outs) == 1:
         return [unflatten(problem.outs[0].shape)]
     return [block[:, o.rows.start : o.rows.stop].unflatten_rows(o.shape) for o in problem.outs]  # type: ignore[attr-defined]
-
-
-def _reduce(
-    prepared: Prepared, blocks: list[Tensor], y: Tensor | None, start: int, stop: int, buffers: _Buffers
-) -> None:
-    """Everything that is made from the chunk's Jacobian."""
-    request = prepared.request
-    vectors = prepared.tangents.select(start, stop) if prepared.tangents is not None else None
-    chunk = Chunk(blocks, y, vectors, prepared.plan.samples)
-    for name in request.returns:
-        if name == "mean_jacobian":
-            for i, block in enumerate(blocks):
-                mean = block.sum(dim=0, dtype=torch.float64) / prepared.plan.samples
-                for o, part in enumerate(prepared.problem.split(mean, axis=0)):
-                    buffers.put(name, o, i, start, stop, part)
-        elif name in ("norms", "singular_values", "logabsdet"):
-            buffers.put(name, -1, -1, start, stop, _per_sample_number(name, chunk, request.top_k))
-        elif name in ("gram", "ggn", "fisher"):
-            for (o, i), part in _pairs(prepared, name, chunk).items():
-                buffers.put(name, o, i, start, stop, part)
-        elif name == "ntk":
-            _ntk(prepared, blocks, start, stop, buffers)
-
-
-def _pairs(prepared: Prepared, name: str, chunk: Chunk) -> dict[tuple[int, int], Tensor]:
-    """This chunk's part of a sum of J^T W J, by array; of its product with the vectors where there are some."""
-    request, tangents = prepared.request, prepared.tangents
-    weight = None if name == "gram" or chunk.y is None else products.output_hessian(chunk.y, request.loss)
-    if request.vectors is None or tangents is None:
-        return products.pair_sums(chunk, weight)
-    parts = products.pair_products(chunk, weight)
-    return {(-1, i): part if tangents.many else part[0] for i, part in enumerate(parts)}
-
-
-def _per_sample_number(name: str, chunk: Chunk, top_k: int | None) -> Tensor:
-    if name == "norms":
-        return products.norms(chunk)
-    return products.logabsdet(chunk) if name == "logabsdet" else products.singular_values(chunk, top_k)
-
-
-def _ntk(prepared: Prepared, blocks: list[Tensor], start: int, stop: int, buffers: _Buffers) -> None:
-    """One band of rows of the kernel matrix against every sample; the other side is computed chunk by chunk."""
-    problem, plan = prepared.problem, prepared.plan
-    kernel, trace = pick(plan.method), prepared.request.ntk == "trace"
-    band = buffers.view(buffers.arrays["ntk", -1, -1], start, stop)
-    for low in range(0, plan.samples, plan.chunk_size):
-        high = min(low + plan.chunk_size, plan.samples)
-        if (low, high) == (start, stop):
-            others = blocks
-        else:
-            batch = place(problem, [leaf[low:high] for leaf in prepared.leaves])
-            if plan.form == "factors":
-                others = kernel.jacobian(problem, batch, form="factors")
-            else:
-                others = by_rows(
-                    kernel, problem, batch, blocks_for(problem, high - low, problem.rows, None), plan.row_chunk
-                )
-        band[:, low:high] = products.ntk(blocks, others, trace)
 
 
 def _nonfinite(prepared: Prepared, shard: Shard, blocks: dict[str, Tensor]) -> tuple[NonFinite, ...]:

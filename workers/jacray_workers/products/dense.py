@@ -1,0 +1,51 @@
+"""Blocks as plain matrices: one row per output number, one column per number of a leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from jacray_workers.blocks import Block, DenseBlock
+
+
+def plain(block: Tensor) -> Tensor:
+    """The block as a plain tensor, made dense where it is held in factors."""
+    return block.dense() if isinstance(block, Block) else block
+
+
+def factored(block: Tensor) -> TypeGuard[Block]:
+    """Whether the block is held in factors."""
+    return isinstance(block, Block) and not isinstance(block, DenseBlock)
+
+
+def matrix(block: Tensor) -> Tensor:
+    """One leaf's block as `(b, rows, columns)`, a view where it is dense already."""
+    dense = plain(block)
+    return dense.reshape(*dense.shape[:2], dense.shape[2:].numel())
+
+
+def flat(blocks: Sequence[Tensor]) -> Tensor:
+    """All leaves side by side: `(b, rows, columns)`; half precisions in float32, in which products are made."""
+    parts = [matrix(block) for block in blocks]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return widened(whole)
+
+
+def widened(t: Tensor) -> Tensor:
+    """Half precisions as float32."""
+    return t.float() if t.dtype.itemsize < 4 else t
+
+
+def bytes_of(block: Tensor) -> int:
+    """Bytes that a block holds on to."""
+    return block.nbytes_factored if isinstance(block, Block) else block.numel() * block.element_size()
+
+
+def pieces(count: int, each: int, limit: int) -> Iterator[slice]:
+    """Slices of `count` things of `each` bytes, as many at a time as stay within `limit`, one at least."""
+    step = max(1, limit // max(each, 1))
+    for low in range(0, count, step):
+        yield slice(low, min(low + step, count))

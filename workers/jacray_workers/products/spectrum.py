@@ -1,0 +1,125 @@
+"""Norms, singular values and log-determinants of each sample's Jacobian.
+
+Accuracy of singular values: like LAPACK's, an error of a few units of rounding of the Jacobian's precision times the
+largest value, whatever the size of the value itself; with `top_k` found by passes alone, up to `krylov.UNITS` of them.
+NaN or infinity in a sample's Jacobian makes that sample's numbers NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jacray_workers.blocks import Block, as_block
+from jacray_workers.products import krylov
+from jacray_workers.products.dense import factored, flat, matrix, pieces, widened
+from jacray_workers.products.needs import PIECE_BYTES
+
+# From this ratio of the sides on, the small one is worked on; LAPACK's own drivers change their way at about 1.8.
+TALL = 2
+
+
+def squares(blocks: Sequence[Tensor]) -> Tensor:
+    """The sum of squares over rows and columns, of each sample: `(b,)` in float64."""
+    return torch.stack([_squares(block) for block in blocks]).sum(dim=0)
+
+
+def _squares(block: Tensor) -> Tensor:
+    if factored(block):
+        return block.norms().double().square()
+    rows = matrix(block)
+    # Row by row in the block's precision, then in float64: no copy of the block, and no sum of millions of float32.
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=2, dtype=wide)
+    return norms.double().square().sum(dim=1)
+
+
+def logabsdet(blocks: Sequence[Tensor]) -> Tensor:
+    """log|det J| of each sample, `(b,)` in float64: minus infinity where J is singular to the bit.
+
+    The factorisation is in float64 whatever the Jacobian's precision.
+    """
+    whole = flat(blocks)
+    size = whole.shape[1]
+    parts = [
+        torch.linalg.slogdet(whole[piece].double()).logabsdet
+        for piece in pieces(whole.shape[0], 3 * 8 * size**2, PIECE_BYTES)
+    ]
+    return torch.cat(parts)
+
+
+def singular_values(blocks: Sequence[Tensor], top_k: int | None, seed: int) -> Tensor:
+    """Each sample's singular values, largest first: `(b, rank)`, or the first `top_k` of them."""
+    if all(factored(block) and block.dtype != torch.float64 for block in blocks):
+        return _from_factors(blocks)[:, :top_k]
+    whole = flat(blocks)
+    rows, columns = whole.shape[1:]
+    if krylov.pays(rows, columns, top_k):
+        return krylov.of_dense(whole, top_k or 1, seed)
+    found = [values(whole[piece]) for piece in pieces(whole.shape[0], whole[:1].nbytes, PIECE_BYTES)]
+    return torch.cat(found)[:, :top_k]
+
+
+def of_blocks(blocks: Sequence[Tensor]) -> Tensor:
+    """All singular values, made dense: `(b, rank)`."""
+    return values(flat(blocks))
+
+
+def values(jacobian: Tensor) -> Tensor:
+    """All singular values of `(b, rows, columns)`: `(b, rank)`, NaN where a number of the sample is not finite."""
+    small, large = sorted(jacobian.shape[1:])
+    good = jacobian.isfinite().all(dim=2).all(dim=1)
+    if not bool(good.all()):
+        # LAPACK refuses the whole batch for one such sample.
+        jacobian = torch.where(good[:, None, None], jacobian, 0.0)
+    if small == 0:
+        return jacobian.new_zeros(jacobian.shape[0], 0)
+    if small == 1:
+        found = torch.linalg.vector_norm(jacobian, dim=(1, 2)).unsqueeze(1)
+    elif large < TALL * small:
+        found = torch.linalg.svdvals(jacobian)
+    else:
+        wide = jacobian if jacobian.shape[1] == small else jacobian.mT
+        found = _from_rows(wide)
+    return torch.where(good.unsqueeze(1), found, torch.nan)
+
+
+def _from_rows(wide: Tensor) -> Tensor:
+    """Singular values of `(b, small, large)` through its small side.
+
+    In float64 through a QR factorisation, since a Gram matrix squares the condition. In float32 through a Gram matrix
+    in float64: what squaring loses there, sqrt(2^-53) of the largest value, is below float32's own rounding.
+    """
+    if wide.dtype == torch.float64:
+        found: Tensor = torch.linalg.svdvals(torch.linalg.qr(wide.mT, mode="r").R)
+        return found
+    gram = torch.zeros(*wide.shape[:2], wide.shape[1], dtype=torch.float64, device=wide.device)
+    for piece in pieces(wide.shape[2], 8 * wide.shape[:2].numel(), PIECE_BYTES):
+        part = wide[:, :, piece].double()
+        gram.baddbmm_(part, part.mT)
+    return _roots(gram).to(wide.dtype)
+
+
+def _roots(gram: Tensor) -> Tensor:
+    """Square roots of the eigenvalues, largest first."""
+    found: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(1)
+    return found
+
+
+def _from_factors(blocks: Sequence[Tensor]) -> Tensor:
+    """The same from factors: sample by sample a Gram matrix over the rows in float64, and no dense block."""
+    grams = []
+    for i in range(blocks[0].shape[0]):
+        parts = [_wide(block[i : i + 1]).gram()[0, :, 0] for block in blocks]
+        grams.append(torch.stack(parts).sum(dim=0))
+    gram = torch.stack(grams)
+    good = gram.isfinite().all(dim=2).all(dim=1)
+    found = _roots(torch.where(good[:, None, None], gram, 0.0))
+    rank = min(blocks[0].shape[1], sum(block.shape[2:].numel() for block in blocks))
+    return torch.where(good.unsqueeze(1), found, torch.nan)[:, :rank].to(widened(blocks[0][:0, :0]).dtype)
+
+
+def _wide(block: Tensor) -> Block:
+    return as_block(block.double(), block.shape[2:])
