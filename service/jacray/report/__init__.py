@@ -1,0 +1,82 @@
+"""A run's report: one page that needs no network, no script and nothing beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from jacray.report.elements import Gallery
+from jacray.report.facts import Facts, collect
+from jacray.report.pictures import galleries
+
+__all__ = ["write_report"]
+
+NAME = "report.html"
+_BESIDE = {"spec.yaml": "replays this run", "receipt.json": "the whole record", "results.zarr": "the numbers"}
+
+
+def write_report(
+    folder: Path,
+    result: Any,
+    *,
+    inputs: Any = None,
+    fields: Mapping[str, Any] | None = None,
+    title: str = "jacray report",
+) -> Path:
+    """Write `report.html` into a run's folder.
+
+    Results are read in slices of bounded size, so that a page of a large job costs no more than one of a small job.
+
+    Args:
+        folder: the run's folder; made where it is missing.
+        result: has `plan`, `receipt`, and as attributes the results that were asked for.
+        inputs: the model's inputs, a tensor or a pytree with the batch first; shown beside their derivatives.
+        fields: what else is known of each sample, by name; `target` holds its class as a whole number.
+        title: the page's heading.
+
+    Returns:
+        Where the page is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = collect(getattr(result, "plan", None), getattr(result, "receipt", None) or {}, inputs)
+    drawn = galleries(result, inputs, fields)
+    page = _template().render(
+        title=title,
+        facts=facts,
+        galleries=drawn,
+        sections=_sections(facts, drawn),
+        beside={name: what for name, what in _BESIDE.items() if (folder / name).exists()},
+    )
+    return _replace(folder / NAME, page)
+
+
+def _sections(facts: Facts, drawn: Sequence[Gallery]) -> list[tuple[str, str]]:
+    """The page's sections in order: anchor and heading."""
+    first = [
+        ("computed", "What was computed"),
+        *([("plan", "The plan")] if facts.plan else []),
+        ("checks", "Time and trust"),
+    ]
+    pictures = [(f"pictures-{number}", gallery.title) for number, gallery in enumerate(drawn, 1)]
+    return [*first, *pictures, ("origin", "Where this comes from")]
+
+
+def _template() -> Any:
+    """The page; whatever comes from outside is escaped unless the template says that we made it."""
+    environment = Environment(
+        loader=PackageLoader("jacray.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("page.html.j2")
+
+
+def _replace(path: Path, text: str) -> Path:
+    """Write beside, then rename: a reader never sees half a page."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8", errors="replace")  # a folder need not be named in UTF-8
+    beside.replace(path)
+    return path
