@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,59 +102,52 @@ class StoredResult(Result):
         folder: the run's paths.
         arrays: by key, zarr arrays that read what a slice needs; `result.arrays["jacobian"][:10]` is a numpy array.
             A block in factors is the zarr group of its factors.
+        fields: what else was known of each sample, such as `target`, by name.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         opened = store.open_store(folder.results)
-        super().__init__(_Values(opened), opened.plan, lambda: _receipt(folder))
+        super().__init__(
+            _Lazy(opened.structure, lambda name: _tree(opened, name)), opened.plan, lambda: _receipt(folder)
+        )
         self.folder = folder
-        self.arrays: Mapping[str, Any] = _Arrays(opened)
+        self.arrays: Mapping[str, Any] = _Lazy(opened.arrays, opened.node)
+        self.fields: Mapping[str, Tensor] = _Lazy(opened.fields, lambda name: store.read_field(opened, name))
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{a.key}: {a.shape} {a.dtype}" for a in self.plan.arrays)
         return f"StoredResult({shapes}; {self.plan.samples} samples by {self.plan.method}, in {self.folder.path})"
 
 
-class _Values(Mapping[str, Any]):
-    """Results by name, each read once, when it is asked for."""
+class _Lazy(Mapping[str, Any]):
+    """Values by name, each read once, when it is first asked for."""
 
-    def __init__(self, opened: Store) -> None:
-        self.opened = opened
-        self.known: dict[str, Any] = {}
+    def __init__(self, names: Iterable[str], read: Callable[[str], Any]) -> None:
+        self._names = tuple(names)
+        self._read = read
+        self._known: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.known:
-            arrays = self.opened.arrays
-            tree = self.opened.structure[name]
-            self.known[name] = from_json(tree, lambda key: store.read_block(self.opened, arrays[key]))
-        return self.known[name]
+        if name not in self._names:
+            raise KeyError(f"{name}; there are {', '.join(self._names) or 'none'}")
+        if name not in self._known:
+            self._known[name] = self._read(name)
+        return self._known[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.opened.structure
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.opened.structure)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self.opened.structure)
+        return len(self._names)
 
 
-class _Arrays(Mapping[str, Any]):
-    """zarr's own arrays by key."""
-
-    def __init__(self, opened: Store) -> None:
-        self.opened = opened
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.opened.arrays:
-            raise KeyError(f"{key}; there are {', '.join(self.opened.arrays)}")
-        return self.opened.node(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.opened.arrays)
-
-    def __len__(self) -> int:
-        return len(self.opened.arrays)
+def _tree(opened: Store, name: str) -> Any:
+    """One result with its arrays read, in the structure that its user expects."""
+    arrays = opened.arrays
+    return from_json(opened.structure[name], lambda key: store.read_block(opened, arrays[key]))
 
 
 def _receipt(folder: RunFolder) -> Mapping[str, Any]:

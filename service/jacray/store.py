@@ -43,11 +43,13 @@ class Store:
         group: the zarr group.
         plan: how the results were computed.
         structure: for each result, its tree with array keys in place of arrays.
+        fields: the nodes of what else is known of each sample, by name.
     """
 
     group: zarr.Group
     plan: Plan
     structure: Mapping[str, Any]
+    fields: Mapping[str, str]
 
     @property
     def arrays(self) -> dict[str, ArrayPlan]:
@@ -76,6 +78,9 @@ def create(
         start: the number of the first sample in its source.
     """
     group = zarr.create_group(path, zarr_format=3)
+    dims = dimension_names(plan.arrays)
+    taken = {"sample", *(name for names in dims.values() for name in names), *(a.key for a in plan.arrays)}
+    known = {name: node_name(f"field.{name}" if name in taken else name) for name in samples or {}}
     group.attrs.update(
         {
             "title": "jacray results",
@@ -84,15 +89,17 @@ def create(
                 "plan_digest": plan.digest,
                 "plan": plain(plan.to_dict()),
                 "structure": dict(structure),
+                "fields": known,
             },
         }
     )
-    dims = dimension_names(plan.arrays)
     for array in plan.arrays:
         if not array.factored:
             _create_array(group, array, plan, dims[array.key])
-    _write_samples(group, plan.samples, samples or {}, start, {n for names in dims.values() for n in names})
-    return Store(group, plan, structure)
+    _write_per_sample(group, "sample", np.arange(start, start + plan.samples, dtype=np.int64))
+    for name, tensor in (samples or {}).items():
+        _write_per_sample(group, known[name], _numpy(tensor))
+    return Store(group, plan, structure, known)
 
 
 def _create_array(group: zarr.Group, array: ArrayPlan, plan: Plan, dims: tuple[str, ...]) -> None:
@@ -113,16 +120,13 @@ def _attributes(array: ArrayPlan) -> dict[str, Any]:
     return {"result": array.name, "key": array.key, "units": _UNITS.get(array.name, "1")}
 
 
-def _write_samples(group: zarr.Group, count: int, known: Mapping[str, Tensor], start: int, taken: set[str]) -> None:
-    """The numbers of the samples as a coordinate, and their fields beside it."""
-    numbers = np.arange(start, start + count, dtype=np.int64)
-    taken = {*taken, *group.array_keys()}
-    for name, values in {"sample": numbers, **{k: _numpy(v) for k, v in known.items() if k not in taken}}.items():
-        dims = ("sample", *(f"{name}_{axis}" for axis in range(values.ndim - 1)))
-        made = group.create_array(
-            node_name(name), shape=values.shape, dtype=values.dtype, compressors=None, dimension_names=dims
-        )
-        made[...] = values
+def _write_per_sample(group: zarr.Group, name: str, values: np.ndarray[Any, Any]) -> None:
+    """A small array with a row per sample; under the name of its dimension it is a coordinate."""
+    made = group.create_array(
+        name, shape=values.shape, dtype=values.dtype, compressors=None,
+        dimension_names=("sample", *(f"{name}_{axis}" for axis in range(values.ndim - 1))),
+    )  # fmt: skip
+    made[...] = values
 
 
 def write_block(store: Store, array: ArrayPlan, value: Any, start: int = 0) -> None:
@@ -163,6 +167,12 @@ def read_block(store: Store, array: ArrayPlan, start: int = 0, stop: int | None 
     return torch.from_numpy(np.asarray(node[(*(slice(None),) * array.axis, slice(start, stop))]))
 
 
+def read_field(store: Store, name: str) -> Tensor:
+    """What is known of each sample under this name."""
+    node: Any = store.group[store.fields[name]]
+    return torch.from_numpy(np.asarray(node[...]))
+
+
 def _write_factors(store: Store, array: ArrayPlan, block: Any) -> None:
     """A group with an array per factor; each factor has the samples first."""
     group = store.group.create_group(node_name(array.key))
@@ -197,7 +207,7 @@ def open_store(path: Path) -> Store:
         found: Any = group.attrs["jacray"]
         if found["format"] != FORMAT:
             raise UserError(str(path), f"must have format {FORMAT}", found["format"], "use the jacray that wrote it")
-        return Store(group, _plan(found["plan"]), found["structure"])
+        return Store(group, _plan(found["plan"]), found["structure"], found["fields"])
     except (FileNotFoundError, KeyError, TypeError) as error:
         raise UserError(str(path), "must be a store that jacray wrote", Plain(str(error))) from None
 

@@ -1,0 +1,86 @@
+"""What the commands do, behind their arguments."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jacray_workers.errors import Plain, SpecError
+
+from jacray.spec import Run, read_run
+
+if TYPE_CHECKING:
+    from jacray.folders import RunFolder
+    from jacray.result import Result
+    from jacray.work import Work
+
+
+def plan_file(file: str, overrides: Sequence[str]) -> str:
+    """How a file would be computed, in words."""
+    run = read_run(file, overrides)
+    from jacray.api import plan
+    from jacray.work import make
+
+    work = make(run)
+    with run.naming():
+        workers = 1 if run.spec.cluster.address == "inline" else run.spec.cluster.workers
+        return plan(work.model, work.loaded.inputs, request=work.request, workers=workers).explain()
+
+
+def run_file(file: str, overrides: Sequence[str]) -> None:
+    """Compute what a file describes, write its folder, and print a summary."""
+    from jacray.folders import check_free
+
+    began = time.perf_counter()
+    run = read_run(file, overrides)
+    check_free(run)
+    from jacray.cli.show import summary
+    from jacray.work import make
+
+    work = make(run)
+    result = compute(run, work)
+    folder = write(run, work, result)
+    summary(work, result, folder, time.perf_counter() - began)
+
+
+def compute(run: Run, work: Work) -> Result:
+    """Run the job where the spec says, with its progress on stderr."""
+    from jacray.client import Client
+    from jacray.progress import progress
+
+    cluster = run.spec.cluster
+    with run.naming():
+        client = Client(
+            cluster.address,
+            workers=cluster.workers,
+            cpus_per_worker=cluster.cpus_per_worker,
+            gpus_per_worker=cluster.gpus_per_worker,
+        )
+        with client:
+            job = client.submit(work.model, work.loaded.inputs, request=work.request)
+            _check_room(run, job.plan.bytes_out)
+            with progress(job):
+                return job.result()
+
+
+def _check_room(run: Run, needed: int) -> None:
+    """Refuse a result that the disk cannot hold, while nothing much is computed yet."""
+    from jacray_workers.explain import size
+
+    above = next(p for p in (run.folder, *run.folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(above).free
+    if needed > free:
+        raise SpecError("output.path", f"must lie where {size(needed)} fit", Plain(f"{size(free)} free"))
+
+
+def write(run: Run, work: Work, result: Result) -> RunFolder:
+    """Write the run folder; what the disk refuses is told as a mistake in `output.path`."""
+    from jacray.runs import save
+
+    with run.naming():
+        try:
+            return save(run, work, result)
+        except OSError as error:
+            raise SpecError("output.path", f"could not be written: {error.strerror}", Plain(str(run.folder))) from error
