@@ -15,6 +15,7 @@ from jacray_workers import memory, pricing, products, sizing, trial
 from jacray_workers.blocks import Block, DenseBlock
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels import NAMES, pick
+from jacray_workers.kernels.common import blocks_for
 from jacray_workers.ladder import Standing, stand
 from jacray_workers.plan import ArrayPlan, Candidate, Plan
 from jacray_workers.problem import Problem
@@ -221,9 +222,12 @@ def _kept_as_factors(block: Tensor) -> bool:
 
 
 def _runner(
-    case: Case, kernel: Any, batch: list[Tensor], trial_rows: range | None = None
+    case: Case, kernel: Any, batch: list[Tensor], trial_rows: range | None = None, *, reuse: bool = False
 ) -> Callable[[], list[Tensor]]:
-    """The kernel's work on these samples, and for methods that go by rows on these rows."""
+    """The kernel's work on these samples, and for methods that go by rows on these rows.
+
+    With `reuse` it writes to one set of buffers again and again, as a shard does.
+    """
     trial_rows = case.rows if trial_rows is None else trial_rows
     problem, request = case.problem, case.request
     size = batch[0].shape[0]
@@ -246,7 +250,8 @@ def _runner(
     if _factors(case, kernel):
         return lambda: kernel.jacobian(problem, batch, trial_rows, form=request.form)
     rows = None if kernel.__name__.endswith(("chain", "forward")) else trial_rows
-    return lambda: kernel.jacobian(problem, batch, rows)
+    into = blocks_for(problem, size, problem.rows if rows is None else len(rows), None) if reuse else None
+    return lambda: kernel.jacobian(problem, batch, rows, into)
 
 
 def _factors(case: Case, kernel: Any) -> bool:
@@ -280,7 +285,7 @@ def _race(case: Case, kernel: Any, candidate: Candidate) -> float:
     if not case.standing.batched and candidate.method == "backward_loop":
         count = 1
     batch = trial.first_samples(problem, case.leaves, count)
-    run = _runner(dataclasses.replace(case, known=None), kernel, batch, rows)
+    run = _runner(dataclasses.replace(case, known=None), kernel, batch, rows, reuse=True)
     return pricing.best_of(run, problem.device, allowed) / count * case.samples / max(share, 1e-9)
 
 

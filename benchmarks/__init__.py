@@ -1,0 +1,1 @@
+"""What is measured side by side, on nets that anyone can build."""
