@@ -1,0 +1,353 @@
+"""Shards on Ray actors. The only file of the project that imports Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import ray
+from jacray_workers.errors import RequestError, ShardError
+from jacray_workers.plan import Shard
+from ray import exceptions as rx
+
+from jacray.executors.base import Into, Step, Task, Work
+from jacray.executors.dispatch import Dispatch, Seat, WorkerLostError
+from jacray.executors.keeper import Keeper
+from jacray.executors.surroundings import environment, knock, same_versions, worker_environment
+from jacray.executors.worker import Reply, Worker
+from jacray.transport import unpack
+
+logger = logging.getLogger(__name__)
+
+# A worker that dies this often in a row before it ever answers is given up.
+FALSE_STARTS = 3
+# How long to wait for a first worker; a cloud's autoscaler takes minutes.
+START_SECONDS = 600.0
+# The reply of a lost worker, or one whose machine took it along.
+_LOST = (rx.RayActorError, rx.WorkerCrashedError, rx.ObjectLostError, rx.NodeDiedError, rx.OutOfMemoryError)
+
+
+class RayExecutor:
+    """Computes on actors of a Ray cluster, or of a Ray started for this process.
+
+    Args:
+        address: `local`, `auto` or `ray://host:port`.
+        workers: how many actors.
+        cpus, gpus: what each is given; fractions are allowed.
+    """
+
+    name = "ray"
+
+    def __init__(self, address: str, workers: int, cpus: float, gpus: float) -> None:
+        self.address, self.workers, self.cpus, self.gpus = address, workers, cpus, gpus
+        self.threads = max(1, int(cpus))
+        self.device = "auto" if gpus else "cpu"
+        self._lock = threading.Lock()
+        self._lease: _Lease | None = None
+        self._pool: _Pool | None = None
+
+    def begin(self) -> None:
+        """Start Ray or connect to it, without waiting for it."""
+        with self._lock:
+            if self._lease is None:
+                self._lease = _Lease.take(self.address, self.workers)
+
+    def _start(self) -> None:
+        """Wait until Ray is there, and ask it for the workers, once."""
+        self.begin()
+        with self._lock:
+            if self._pool is None and self._lease is not None:
+                self._lease.wait()
+                self._pool = _Pool(self.workers, self._options(owned=self._lease.owned), self.threads)
+
+    def keep(self, job: str, work: Work) -> Task:
+        """Put the work into the object store; each worker takes it from there once."""
+        self._start()
+        packed = work.pack(copy=False)
+        return Task(job, work.plan, ray.put(packed))
+
+    def run(self, task: Task, into: Into) -> Iterator[Step]:
+        """Compute the shards on whichever workers are free."""
+        del into  # workers share no memory with the caller
+        return Dispatch(self._running(), task).steps()
+
+    def cancel(self, task: Task) -> None:
+        """Ask the workers to end the task; one that does not within a second is replaced."""
+        task.cancelled.set()
+        if self._pool is not None:
+            self._pool.cancel(task)
+
+    def drop(self, task: Task) -> None:
+        """Let workers and object store forget the task."""
+        task.held = None
+        if self._pool is not None:
+            self._pool.drop(task)
+
+    def close(self) -> None:
+        """End the workers; shut Ray down if it was started for this process and nobody else uses it."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+            lease, self._lease = self._lease, None
+        if pool is not None:
+            pool.close()
+        if lease is not None:
+            lease.give_back()
+
+    def _running(self) -> _Pool:
+        if self._pool is None:
+            raise ShardError("the client was closed while its job ran")
+        return self._pool
+
+    def _options(self, *, owned: bool) -> dict[str, Any]:
+        """How an actor is asked for. A Ray of our own counts no CPUs, so that any number of clients can share it."""
+        options: dict[str, Any] = {"num_cpus": 0 if owned else self.cpus, "num_gpus": self.gpus, "max_restarts": 0}
+        if not owned:
+            options["runtime_env"] = {"env_vars": worker_environment()}
+        have = _resources().get("GPU", 0.0)
+        if owned and self.gpus * self.workers > have:
+            raise RequestError(
+                "gpus_per_worker", f"{self.workers} workers with {self.gpus:g} each need more GPUs than there are",
+                have, "ask for fewer, or 0",
+            )  # fmt: skip
+        return options
+
+
+@dataclass
+class _Slot:
+    """One place in the pool and the actor that holds it now."""
+
+    place: int
+    actor: Any
+    greeting: Any
+    generation: int = 0
+    ready: bool = False
+    false_starts: int = 0
+    opened: set[str] = field(default_factory=set)
+
+    @property
+    def seat(self) -> Seat:
+        return Seat(self.place, self.generation)
+
+
+class _Pool:
+    """The actors of one client.
+
+    A dead actor is replaced here and not by Ray: Ray's own restarts would run cancelled shards again, hide retries,
+    and keep work waiting for one actor while another is free.
+    """
+
+    def __init__(self, workers: int, options: dict[str, Any], threads: int) -> None:
+        self._options, self._threads = options, threads
+        # The second group is a thread of its own, so that a cancel is heard while a shard is computed.
+        self._class = cast("Any", ray.remote)(concurrency_groups={"control": 1})(Worker)
+        self._lock = threading.RLock()
+        self._born = time.monotonic()
+        self._slots = [_Slot(place, *self._hire()) for place in range(workers)]
+
+    def seats(self) -> Sequence[Seat]:
+        """The workers that have answered."""
+        if not ray.is_initialized():
+            raise ShardError("Ray was shut down while a job ran")
+        found = [slot.seat for slot in self._slots if slot.ready]
+        if not found and all(slot.false_starts >= FALSE_STARTS for slot in self._slots):
+            raise ShardError("no worker could be started: each died before it answered. Ray's logs tell why")
+        if not found and time.monotonic() - self._born > START_SECONDS:
+            raise ShardError(
+                f"no worker could be started in {START_SECONDS:.0f} s: {len(self._slots)} were asked for with "
+                f"{self._options['num_cpus']:g} CPUs and {self._options['num_gpus']:g} GPUs each; "
+                f"the cluster has {_resources()}"
+            )
+        return found
+
+    def submit(self, seat: Seat, task: Task, shard: Shard) -> Hashable:
+        """Queue a shard; the task's data go ahead of its first one."""
+        with self._lock:
+            slot = self._slots[seat.place]
+            if task.id not in slot.opened:
+                slot.actor.open.remote(task.id, task.held)
+                slot.opened.add(task.id)
+            return cast("Hashable", slot.actor.compute.remote(task.id, shard))
+
+    def wait(self, tickets: Sequence[Hashable], seconds: float) -> Sequence[Hashable]:
+        """Wait for a reply, or for a worker's first word."""
+        with self._lock:
+            greetings = {slot.greeting: slot for slot in self._slots if not slot.ready and self._hopeful(slot)}
+        refs = [*tickets, *greetings]
+        if not refs:
+            time.sleep(seconds)
+            return []
+        answered, _ = ray.wait(refs, num_returns=1, timeout=seconds)
+        for ref in answered:
+            if ref in greetings:
+                self._settle(greetings[ref], ref)
+        return [ref for ref in answered if ref not in greetings]
+
+    def fetch(self, ticket: Hashable) -> Reply:
+        """Unpack a reply; blocks that are copied into place later stay where they lie until then."""
+        try:
+            return cast("Reply", unpack(ray.get(cast("Any", ticket))))
+        except _LOST as error:
+            killed = "ray.kill" in str(error)
+            reason = "the worker was ended" if killed else f"the worker died ({type(error).__name__})"
+            raise WorkerLostError(reason, blame=not killed) from None
+
+    def cancel(self, task: Task) -> None:
+        """Tell every worker that has the task."""
+        self._tell(task, "cancel")
+
+    def drop(self, task: Task) -> None:
+        """Tell every worker that had the task."""
+        self._tell(task, "drop")
+        with self._lock:
+            for slot in self._slots:
+                slot.opened.discard(task.id)
+
+    def replace(self, seat: Seat, *, blame: bool) -> None:
+        """Put a new actor in this seat, unless another job's thread already has."""
+        with self._lock:
+            slot = self._slots[seat.place]
+            if slot.seat != seat:
+                return
+            if blame:
+                logger.info("%s died and is replaced", seat)
+            self._rehire(slot)
+
+    def close(self) -> None:
+        """End every actor."""
+        with self._lock:
+            for slot in self._slots:
+                self._end(slot)
+
+    def _tell(self, task: Task, what: str) -> None:
+        with self._lock, contextlib.suppress(Exception):
+            for slot in self._slots if ray.is_initialized() else ():
+                if task.id in slot.opened:
+                    getattr(slot.actor, what).options(concurrency_group="control").remote(task.id)
+
+    def _hire(self) -> tuple[Any, Any]:
+        """A new actor, and the reference to its first word."""
+        actor = self._class.options(**self._options).remote(self._threads)
+        return actor, actor.ready.remote()
+
+    def _rehire(self, slot: _Slot) -> None:
+        self._end(slot)
+        slot.actor, slot.greeting = self._hire()
+        slot.generation, slot.ready, slot.opened = slot.generation + 1, False, set()
+
+    def _end(self, slot: _Slot) -> None:
+        # Without a Ray there is nothing left to end, and the call would start one.
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                ray.kill(slot.actor)
+
+    def _hopeful(self, slot: _Slot) -> bool:
+        return slot.false_starts < FALSE_STARTS
+
+    def _settle(self, slot: _Slot, greeting: Any) -> None:
+        """Take note of a worker's first word, or of its death before it."""
+        try:
+            facts = ray.get(greeting)
+        except _LOST:
+            with self._lock:
+                if slot.greeting is greeting:
+                    slot.false_starts += 1
+                    if self._hopeful(slot):
+                        self._rehire(slot)
+            return
+        same_versions(facts["versions"])
+        with self._lock:
+            if slot.greeting is greeting:
+                slot.ready, slot.false_starts = True, 0
+
+
+class _Lease:
+    """This process's one connection to Ray, shared by its clients; the last to leave closes what the first opened."""
+
+    _lock = threading.Lock()
+    _keeper: Keeper | None = None
+    _address = ""
+    _users = 0
+
+    def __init__(self, keeper: Keeper | None, *, owned: bool) -> None:
+        self._mine, self.owned = keeper, owned
+
+    @classmethod
+    def take(cls, address: str, workers: int) -> _Lease:
+        """Join the connection that there is, or open one."""
+        with cls._lock:
+            if cls._keeper is not None and cls._keeper.failed:
+                cls._keeper, cls._users = None, 0
+            if cls._keeper is None and not ray.is_initialized():
+                cls._keeper, cls._address = Keeper(lambda: _connect(address, workers), _disconnect), address
+            if cls._keeper is None:
+                return cls(None, owned=False)
+            if address.startswith("ray://") and address != cls._address:
+                raise RequestError(
+                    "address", "one process talks to one Ray at a time", address, f"close the client of {cls._address}"
+                )
+            cls._users += 1
+            return cls(cls._keeper, owned=cls._address == "local")
+
+    def wait(self) -> None:
+        """Wait until the connection stands."""
+        if self._mine is not None:
+            self._mine.wait()
+
+    def give_back(self) -> None:
+        """Leave; close the connection if nobody else is on it."""
+        with _Lease._lock:
+            if self._mine is None or self._mine is not _Lease._keeper:
+                return
+            _Lease._users -= 1
+            if _Lease._users == 0:
+                _Lease._keeper = None
+                self._mine.stop()
+
+
+def _connect(address: str, workers: int) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    _hush()
+    if address == "local":
+        # Workers inherit the environment, so those that Ray starts ahead can be used at once.
+        with environment({**worker_environment(), "RAY_USAGE_STATS_ENABLED": "0"}):
+            ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+        return
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if named not in ("", "auto", "local"):
+        knock(named)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError) as error:
+        way_out = "start one with `ray start --head`, or leave the address at local"
+        if "ray[client]" in str(error):
+            way_out = "install Ray's client first: pip install 'ray[client]'"
+        raise RequestError("address", "must lead to a running Ray cluster", address, way_out) from error
+
+
+def _disconnect() -> None:
+    ray.shutdown()
+
+
+def _hush() -> None:
+    """Keep Ray from printing a worker's death on the caller's standard output; it is an event of the job.
+
+    `log_to_driver=False` does not cover these messages and there is no setting that does.
+    """
+    inside: Any = ray._private.worker
+    if hasattr(inside, "print_to_stdstream"):
+        inside.print_to_stdstream = _log_instead
+
+
+def _resources() -> dict[str, float]:
+    return cast("dict[str, float]", cast("Any", ray.cluster_resources)())
+
+
+def _log_instead(data: dict[str, Any], **_: Any) -> None:
+    for line in data.get("lines", ()):
+        logger.debug("%s: %s", data.get("pid"), line)

@@ -1,0 +1,163 @@
+"""What runs inside a worker process. Knows nothing of Ray, so it can be tried without."""
+
+from __future__ import annotations
+
+import os
+import platform
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jacray_workers.engine import Prepared, prepare, run_shard
+from jacray_workers.errors import JobError, ModelError, ShardError
+from jacray_workers.plan import Shard
+from jacray_workers.shard import ShardResult
+
+from jacray.executors.base import Work
+from jacray.transport import Packed, fingerprint, pack, unpack
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A shard's result, or why there is none.
+
+    Attributes:
+        result: what was computed.
+        error: what was raised instead.
+        trace: the traceback as text.
+    """
+
+    result: ShardResult | None = None
+    error: Exception | None = None
+    trace: str = ""
+
+
+class WorkerTraceback(Exception):  # noqa: N818  (it is shown as the cause of an error, and never raised)
+    """The traceback of an error that was raised in a worker, as the cause of the error raised in the client."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+@dataclass
+class _Open:
+    """One task in this worker: unpacked and prepared when its first shard comes."""
+
+    packed: Packed
+    prepared: Prepared | None = None
+    mark: int | None = None
+
+
+@dataclass
+class Worker:
+    """Computes shards of the tasks it was given.
+
+    Attributes:
+        threads: how many torch threads to compute with.
+    """
+
+    threads: int
+    _tasks: dict[str, _Open] = field(default_factory=dict)
+    _cancelled: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(self.threads)
+
+    def ready(self) -> dict[str, Any]:
+        """Who this worker is, once it can compute."""
+        return {
+            "pid": os.getpid(),
+            "node": platform.node(),
+            "versions": versions(),
+            "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "",
+        }
+
+    def open(self, task: str, packed: Packed) -> None:
+        """Take the model, inputs, request and plan of a task. Comes before its first shard."""
+        self._tasks.setdefault(task, _Open(packed))
+
+    def compute(self, task: str, shard: Shard) -> Packed:
+        """Compute one shard; never raises.
+
+        Returns:
+            A packed `Reply`. Blocks that the receiver copies into place are marked as usable where they lie.
+        """
+        # OpenMP keeps the count per thread, and Ray may call from another thread than the one that made this object.
+        torch.set_num_threads(self.threads)
+        try:
+            reply = Reply(self._compute(task, shard))
+            placed = [reply.result.blocks[key] for key in self._placed(task)] if reply.result else []
+            return pack(reply, read_only=placed, compact=True)
+        except Exception as error:  # noqa: BLE001  (everything a model raises goes to the caller as it is)
+            return _pack_error(error)
+
+    def cancel(self, task: str) -> None:
+        """End the task's shards at their next chunk. Called while `compute` runs in another thread."""
+        self._cancelled.add(task)
+
+    def drop(self, task: str) -> None:
+        """Forget a task."""
+        self._tasks.pop(task, None)
+        self._cancelled.discard(task)
+
+    def _compute(self, task: str, shard: Shard) -> ShardResult:
+        if task in self._cancelled:
+            raise JobError("job", "was cancelled", task)
+        known = self._tasks[task]
+        prepared = known.prepared or _prepare(known)
+        result = run_shard(prepared, shard, cancelled=lambda: task in self._cancelled)
+        if known.mark is not None:
+            _refuse_writes(known)
+        return result
+
+    def _placed(self, task: str) -> list[str]:
+        prepared = self._tasks[task].prepared
+        return [] if prepared is None else [a.key for a in prepared.plan.arrays if a.axis >= 0 and not a.factored]
+
+
+def versions() -> dict[str, str]:
+    """The versions that must agree between a client and its workers."""
+    import jacray
+
+    return {"jacray": jacray.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _prepare(known: _Open) -> Prepared:
+    mark = fingerprint(known.packed)
+    try:
+        work: Work = unpack(known.packed)
+    except Exception as error:
+        raise ModelError(
+            "model", f"must be importable on the workers, but raised {type(error).__name__}: {error}", None,
+            "install the package that defines it there, or define it in the script itself",
+        ) from error  # fmt: skip
+    known.prepared = prepare(work.model, work.inputs, work.request, plan=work.plan)
+    known.mark = mark
+    return known.prepared
+
+
+def _refuse_writes(known: _Open) -> None:
+    """After the first shard: parameters and inputs lie in memory that other workers read, and must be as they were.
+
+    Raises:
+        ModelError: the model changed one of them in place.
+    """
+    mark, known.mark = known.mark, None
+    if fingerprint(known.packed) != mark:
+        raise ModelError(
+            "model", "must not change its parameters or inputs in place while it is evaluated", None,
+            "write y = x * 2 in place of x.mul_(2), and inplace=False in activations that see the inputs",
+        )  # fmt: skip
+
+
+def _pack_error(error: Exception) -> Packed:
+    trace = "".join(traceback.format_exception(error))
+    error.__cause__ = error.__context__ = None
+    error.__traceback__ = None
+    try:
+        packed = pack(Reply(error=error, trace=trace))
+        unpack(packed)
+    except Exception:  # noqa: BLE001  (an exception class may do anything in its pickling)
+        return pack(Reply(error=ShardError(f"{type(error).__name__}: {error}"), trace=trace))
+    return packed

@@ -1,0 +1,274 @@
+"""The life of a job, on every client: states, snapshots, cancelling, mistakes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import jacray
+import pytest
+import torch
+from jacray.events import JobDone, JobFailed, JobStarted, ShardDone
+from torch import nn
+
+from tests.toys import Gated, MineError, Raises, Scales, mlp
+
+X = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_job_goes_from_running_to_done(client: jacray.Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    job = client.submit(Gated(gate), X, method="reverse", chunk_size=5)
+    assert job.plan.samples == 40
+    assert not job.status().finished
+    with pytest.raises(TimeoutError, match="must finish within"):
+        job.result(timeout=0.05)
+    gate.touch()
+    assert job.result(timeout=120).jacobian.shape == (40, 3, 5)
+    status = job.status()
+    assert (status.state, status.samples_done, status.samples, status.error) == ("done", 40, 40, "")
+    assert status.shards_done == status.shards == job.plan.shard_count
+    assert status.elapsed == job.status().elapsed > 0
+    assert "done, 40 of 40 samples" in repr(job)
+
+
+def test_what_the_caller_changes_later_does_not_change_the_job(client: jacray.Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    model, x, k = Gated(gate), X.clone(), torch.randn(40, 3)
+    before = jacray.compute(model, x, weights=k, returns=["jacobian", "weighted_gradient"], method="reverse")
+    job = client.submit(model, x, weights=k, returns=["jacobian", "weighted_gradient"], method="reverse")
+    with torch.no_grad():
+        model.linear.weight.zero_()
+    x.fill_(100)
+    k.fill_(100)
+    gate.touch()
+    result = job.result(timeout=120)
+    torch.testing.assert_close(result.jacobian, before.jacobian)
+    torch.testing.assert_close(result.weighted_gradient, before.weighted_gradient)
+
+
+def test_the_caller_may_change_the_results(client: jacray.Client) -> None:
+    fields = {"returns": ["jacobian", "outputs", "gram", "mean_jacobian"], "method": "reverse"}
+    result = client.submit(mlp(), X, **fields).result(timeout=120)
+    for _, value in result:
+        value.zero_()
+    again = client.submit(mlp(), X, **fields).result(timeout=120)
+    for _, value in again:
+        assert value.abs().sum() > 0
+
+
+def test_jobs_share_a_client(client: jacray.Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    jobs = [client.submit(Gated(gate), X * i, method="reverse") for i in range(1, 4)]
+    gate.touch()
+    for i, job in enumerate(jobs, 1):
+        expected = jacray.jacobian(Gated(gate), X * i, method="reverse")
+        torch.testing.assert_close(job.result(timeout=120).jacobian, expected)
+
+
+def test_events_tell_the_whole_story(client: jacray.Client) -> None:
+    job = client.submit(mlp(), X, method="reverse", chunk_size=5)
+    events = list(job.events())
+    assert isinstance(events[0], JobStarted)
+    assert isinstance(events[-1], JobDone)
+    done = [event for event in events if isinstance(event, ShardDone)]
+    assert sorted(event.shard for event in done) == list(range(job.plan.shard_count))
+    assert sum(event.samples for event in done) == 40
+    assert list(job.events()) == events
+    heard: list[object] = []
+    job.listen(heard.append)
+    assert heard == events
+
+
+def test_a_listener_that_fails_does_not_end_the_job(
+    inline_client: jacray.Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = tmp_path / "gate"
+    job = inline_client.submit(Gated(gate), X, method="reverse")
+    calls: list[object] = []
+
+    def fails(event: object) -> None:
+        calls.append(event)
+        if isinstance(event, ShardDone):
+            raise RuntimeError("listener")
+
+    job.listen(fails)
+    gate.touch()
+    job.result(timeout=60)
+    assert isinstance(calls[-1], ShardDone)
+    assert "is not called again" in caplog.text
+
+
+def test_cancelling_between_chunks(inline_client: jacray.Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    job = inline_client.submit(Gated(gate), X, method="backward_loop", chunk_size=1)
+    assert job.cancel()
+    gate.touch()
+    with pytest.raises(jacray.JobError, match="cancelled"):
+        job.result(timeout=60)
+    assert job.status().state == "cancelled"
+    assert job.status().samples_done < 40
+    assert not job.cancel()
+
+
+@pytest.mark.ray
+def test_cancelling_inside_a_chunk_that_never_ends(local_client: jacray.Client, tmp_path: Path) -> None:
+    stuck = local_client.submit(Gated(tmp_path / "never"), X, method="reverse")
+    assert isinstance(next(stuck.events()), JobStarted)
+    stuck.cancel()
+    with pytest.raises(jacray.JobError, match="cancelled"):
+        stuck.result(timeout=30)
+    assert stuck.status().state == "cancelled"
+    torch.testing.assert_close(
+        local_client.submit(mlp(), X, method="reverse").result(timeout=120).jacobian,
+        jacray.jacobian(mlp(), X, method="reverse"),
+    )
+
+
+@pytest.mark.ray
+def test_cancelling_one_job_leaves_the_others(local_client: jacray.Client, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    stuck = local_client.submit(Gated(tmp_path / "never"), X, method="reverse")
+    other = local_client.submit(Gated(gate), X, method="reverse", chunk_size=2)
+    stuck.cancel()
+    with pytest.raises(jacray.JobError):
+        stuck.result(timeout=30)
+    gate.touch()
+    torch.testing.assert_close(other.result(timeout=120).jacobian, jacray.jacobian(Gated(gate), X, method="reverse"))
+
+
+def test_the_users_own_error_comes_as_it_was_raised(client: jacray.Client) -> None:
+    job = client.submit(Raises(), X, method="reverse")
+    with pytest.raises((MineError, jacray.ModelError), match="the reactor is cold") as caught:
+        job.result(timeout=120)
+    assert "RayTaskError" not in type(caught.value).__name__
+    status = job.status()
+    assert status.state == "failed"
+    assert "the reactor is cold" in status.error
+    assert isinstance(list(job.events())[-1], JobFailed)
+
+
+def test_an_engine_error_comes_as_it_is(client: jacray.Client) -> None:
+    x = X.clone()
+    x[17, 2] = float("nan")
+    job = client.submit(mlp(), x, nan_policy="raise", method="reverse")
+    with pytest.raises(jacray.NonFiniteError) as caught:
+        job.result(timeout=120)
+    assert "first at sample 17" in str(caught.value)
+    assert caught.value.argument == "nan_policy"
+
+
+def test_mistakes_are_raised_by_submit(client: jacray.Client) -> None:
+    with pytest.raises(jacray.RequestError, match="did you mean chunk_size"):
+        client.submit(mlp(), X, chunksize=3)
+    with pytest.raises(jacray.RequestError, match="method"):
+        client.submit(mlp(), X, method="magic")
+    with pytest.raises(jacray.InputError, match="at least one sample"):
+        client.submit(mlp(), X[:0])
+    with pytest.raises(jacray.InputError, match="floating point"):
+        client.submit(mlp(), X.long())
+    with pytest.raises(jacray.RequestError, match="glob"):
+        client.submit(mlp(), X, wrt="nothing.*")
+    with pytest.raises(jacray.UserError, match="weights"):
+        client.submit(mlp(), X, weights=torch.ones(7), returns=["weighted_gradient"])
+    with pytest.raises(jacray.ModelError, match="must accept the inputs"):
+        client.submit(mlp(), X[:, :3])
+
+
+def test_a_model_that_cannot_travel_is_refused(client: jacray.Client) -> None:
+    model = nn.Linear(5, 3)
+    model.lock = threading.Lock()
+    with pytest.raises(jacray.ModelError, match="must be picklable"):
+        client.submit(model, X)
+
+
+def test_functions_made_on_the_spot_travel(client: jacray.Client) -> None:
+    scale = torch.arange(5.0)
+    result = client.submit(lambda x: (x * scale).sum(-1), X).result(timeout=120)
+    torch.testing.assert_close(result.jacobian, scale.expand(40, 5).contiguous())
+
+
+@pytest.mark.ray
+def test_a_model_that_writes_into_its_parameters_is_told_so(local_client: jacray.Client) -> None:
+    job = local_client.submit(Scales(), X, method="backward_loop", verify=False)
+    with pytest.raises(jacray.ModelError, match="in place"):
+        job.result(timeout=120)
+
+
+def test_checks_are_on_for_jobs_and_off_for_functions(client: jacray.Client) -> None:
+    receipt = client.submit(mlp(), X).result(timeout=120).receipt
+    assert receipt["verified"]["checks"] > 0
+    assert receipt["verified"]["passed"] is True
+    assert client.submit(mlp(), X, verify=False).result(timeout=120).receipt["verified"]["checks"] == 0
+    assert jacray.compute(mlp(), X).receipt["verified"]["checks"] == 0
+
+
+def test_a_receipt_tells_how_the_numbers_came_about(client: jacray.Client) -> None:
+    x = X.clone()
+    x[17, 2] = float("nan")
+    job = client.submit(mlp(), x, method="reverse", chunk_size=5, seed=3, weights=torch.ones(3))
+    result = job.result(timeout=120)
+    receipt = json.loads(json.dumps(result.receipt, allow_nan=False))
+    assert receipt["job"] == job.id
+    assert receipt["versions"]["torch"] == torch.__version__
+    assert set(receipt["versions"]) == {"jacray", "torch", "numpy", "ray", "python"}
+    assert (receipt["seed"], receipt["device"], receipt["threads"]) == (3, "cpu", 1)
+    assert receipt["plan"]["chunk_size"] == 5
+    assert receipt["plan_digest"] == result.plan.digest
+    assert receipt["request"]["weights"] == "float32 of shape [3]"
+    assert [s["index"] for s in receipt["shards"]] == list(range(job.plan.shard_count))
+    assert {s["threads"] for s in receipt["shards"]} == {1}
+    assert receipt["seconds"]["compute"] > 0
+    (bad,) = receipt["nonfinite"]
+    assert (bad["key"], bad["first"]) == ("jacobian", 17)
+
+
+def test_a_closed_client_refuses_and_closing_twice_is_fine() -> None:
+    client = jacray.Client("inline")
+    assert not client.closed
+    client.close()
+    client.close()
+    assert client.closed
+    with pytest.raises(jacray.JobError, match="closed"):
+        client.submit(mlp(), X)
+
+
+def test_leaving_the_block_waits_for_what_runs() -> None:
+    with jacray.Client("inline") as client:
+        job = client.submit(mlp(), X)
+    assert job.status().state == "done"
+
+
+def test_an_exception_in_the_block_cancels_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave() -> None:
+        with jacray.Client("inline") as client:
+            jobs.append(client.submit(Gated(gate), X, chunk_size=1))
+            raise KeyboardInterrupt
+
+    def cancel_and_open(job: jacray.Job) -> None:
+        cancel(job)
+        gate.touch()
+
+    gate, cancel = tmp_path / "gate", jacray.Job.cancel
+    monkeypatch.setattr(jacray.Job, "cancel", cancel_and_open)
+    jobs: list[jacray.Job] = []
+    with pytest.raises(KeyboardInterrupt):
+        leave()
+    assert jobs[0].status().state == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"address": "locl"}, "inline, local, auto, ray://HOST:PORT; got 'locl'. did you mean local?"),
+        ({"address": "http://127.0.0.1:8765"}, "address: must be one of"),
+        ({"address": "inline", "workers": 0}, "workers: must be a whole number, at least 1; got 0"),
+        ({"address": "inline", "cpus_per_worker": 0}, "cpus_per_worker: must be above 0"),
+        ({"address": "inline", "gpus_per_worker": -1}, "gpus_per_worker: must be 0 or more"),
+    ],
+)
+def test_a_wrong_client_is_refused_at_once(arguments: dict[str, object], text: str) -> None:
+    with pytest.raises(jacray.RequestError) as caught:
+        jacray.Client(**arguments)
+    assert text in str(caught.value)

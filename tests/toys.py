@@ -1,0 +1,130 @@
+"""Models that show what happens to them: they wait, fail, end their process, or tell where their memory lies.
+
+They behave only where jobs are computed, not where they are checked and planned, so a test can submit them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def mlp(sizes: tuple[int, ...] = (5, 16, 3), seed: int = 0) -> nn.Sequential:
+    """A smooth net with fixed weights."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for a, b in itertools.pairwise(sizes):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Toy(nn.Module):
+    """A linear layer that knows whether it is in a job's worker, a process or a thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = nn.Linear(5, 3)
+        self.home = (os.getpid(), threading.get_ident())
+
+    @property
+    def at_work(self) -> bool:
+        return (os.getpid(), threading.get_ident()) != self.home
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.at_work:
+            self.work(x)
+        return torch.tanh(self.linear(x))
+
+    def work(self, x: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Gated(Toy):
+    """Waits for a file before it computes."""
+
+    def __init__(self, gate: Path) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def work(self, x: Tensor) -> None:
+        while not self.gate.exists():
+            time.sleep(0.01)
+
+
+class KillsOnce(Toy):
+    """Ends its process by SIGKILL the first time it works after the gate has opened."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__()
+        self.mark = mark
+
+    def work(self, x: Tensor) -> None:
+        try:
+            self.mark.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillsAlways(Toy):
+    """Ends every process that computes it."""
+
+    def work(self, x: Tensor) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MineError(Exception):
+    """An error class of the user's own, with more than a message."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(code, text)
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.args[1]} (code {self.code})"
+
+
+class Raises(Toy):
+    """Raises the user's own error."""
+
+    def work(self, x: Tensor) -> None:
+        raise MineError(7, "the reactor is cold")
+
+
+class Scales(Toy):
+    """Writes into its own parameters before each use, so that every worker that shares them would see others."""
+
+    def work(self, x: Tensor) -> None:
+        self.linear.weight.data.mul_(2)
+
+
+class WhereMemoryLies(nn.Module):
+    """Three outputs of 1 or 0 times the input: parameter, buffer and plain attribute in memory shared by processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameter = nn.Parameter(torch.ones(1000))
+        self.register_buffer("buffer", torch.ones(1000))
+        self.attribute = torch.ones(1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = (self.parameter, self.buffer, self.attribute)
+        return x.sum(dim=-1, keepdim=True) * torch.tensor([float(shared(t)) for t in held])
+
+
+def shared(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is mapped from the object store of Ray."""
+    address = tensor.untyped_storage().data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, high = (int(part, 16) for part in line.split()[0].split("-"))
+        if low <= address < high:
+            return "plasma" in line
+    return False
