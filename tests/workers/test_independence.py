@@ -67,11 +67,11 @@ class OnlyDerivative(nn.Module):
 
 class MixedBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(_ctx, x):
         return x.clone()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(_ctx, g):
         return g.mean(0, keepdim=True).expand_as(g)
 
 
@@ -214,7 +214,7 @@ APART = {
     "a Cholesky factor": (lambda: torch.linalg.cholesky, torch.eye(3).expand(4, 3, 3) * 2.0, {}),
     "a graph": (Graph, {"x": torch.randn(4, 5), "index": torch.randint(5, (4, 5))}, {}),
     "not finite": (lambda: lambda x: x / 0.0, torch.randn(4, 3), {}),
-    "a constant": (lambda: lambda x: torch.ones_like(x), torch.randn(4, 3), {}),
+    "a constant": (lambda: torch.ones_like, torch.randn(4, 3), {}),
     "seven channels": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), nn.ReLU()), torch.randn(3, 3, 3), {}),
     "in place": (lambda: lambda x: x.mul_(2).exp(), torch.randn(4, 3), {}),
 }
