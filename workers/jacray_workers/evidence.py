@@ -273,7 +273,8 @@ def written_buffers(problem: Problem, batch: Sequence[Tensor]) -> list[str]:
     handle = problem.module.register_forward_hook(look)
     try:
         with torch.no_grad():
-            guarded.call_model(guarded.values(batch), [leaf.clone() for leaf in batch])
+            fresh = [leaf.clone() for leaf in batch]
+            guarded.call_model(guarded.values(fresh), fresh)
     finally:
         handle.remove()
     return sorted(swapped | {name for name, version in before.items() if guarded.tensors[name]._version != version})
