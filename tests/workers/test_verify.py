@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jacray_workers import verify
 from jacray_workers.errors import VerificationError
 from jacray_workers.kernels import backward_loop
 from jacray_workers.reference import in_float64
@@ -463,6 +464,20 @@ def test_tokens_and_several_leaves_and_outputs():
         for i, blocks in enumerate(jacobians(problem, batch)):
             raise_if_failed(check(problem, batch, i, jacobian=blocks))
             assert not all(c.passed for c in check(problem, batch, i, jacobian=zero_a_block(blocks)))
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 25])
+def test_factored_blocks(limit, monkeypatch):
+    blocks = pytest.importorskip("jacray_workers.blocks")
+    monkeypatch.setattr(verify, "FACTORED", limit)
+    problem, batch = entry("mlp tanh", "float32", "params")
+    with problem.session():
+        for i, right in enumerate(jacobians(problem, batch)):
+            factored = [blocks.as_block(b[None], leaf.shape) for b, leaf in zip(right, problem.leaves, strict=True)]
+            raise_if_failed(check(problem, batch, i, jacobian=factored))
+            raise_if_failed(check(problem, batch, i, jacobian=[block[0] for block in factored]))
+            wrong = [blocks.as_block(flip_one_sign(right)[0][None], problem.leaves[0].shape), *factored[1:]]
+            assert not all(c.passed for c in check(problem, batch, i, jacobian=wrong))
 
 
 def test_one_cast_serves_every_sample_and_the_seed_decides_the_numbers():

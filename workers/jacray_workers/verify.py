@@ -22,6 +22,8 @@ from jacray_workers.shard import Check
 from jacray_workers.slope import slope
 
 CHUNK = 1 << 22
+# A factored block of more numbers than this is not made dense for a check.
+FACTORED = 1 << 25
 # A sum is checked by one backward for each of its samples; more than this would cost too much for a check.
 SUM_LIMIT = 16
 
@@ -31,7 +33,7 @@ class Computed:
     """What a method gave for one sample; None for what was not asked for. Sequences follow `problem.leaves`.
 
     Attributes:
-        jacobian: per leaf `(rows, *leaf)`, a tensor or a factored block.
+        jacobian: per leaf `(rows, *leaf)`, a tensor or a factored block of the sample.
         cotangents: `(K, rows)`.
         gradients: per leaf `(K, *leaf)`, of those cotangents.
         tangents: per leaf `(K, *leaf)`.
@@ -265,7 +267,11 @@ class _Projected:
 
 
 def _project(block: Any, u: Tensor, v: Tensor) -> _Projected:
-    """Read the block once, some rows at a time, as float64."""
+    """Read the block once, some rows at a time, as float64; a large factored one by its own products."""
+    if hasattr(block, "dense") and u.numel() * v.numel() > FACTORED:
+        precise = block.double()
+        pulled, pushed = precise.vjp(u.reshape(block.out_shape)).reshape(v.shape), precise.jvp(v).reshape(u.shape)
+        return _Projected(pulled, pulled.square(), pushed, pushed.square())
     dense = block.dense() if hasattr(block, "dense") else block
     flat = dense.reshape(u.shape[0], v.numel())
     pulled, squared = torch.zeros_like(v).flatten(), torch.zeros_like(v).flatten()
