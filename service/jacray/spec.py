@@ -150,7 +150,7 @@ def resolved(run: Run, pins: Mapping[Pin, Any] | None = None) -> dict[str, Any]:
         pins: what the plan decided, put in where the spec left it open.
     """
     data: dict[str, Any] = _plain(run.spec.model_dump())
-    data["output"]["path"] = str(run.folder)
+    data["output"] |= {"path": str(run.folder), "overwrite": False}
     for block in ("model", "inputs"):
         data[block] = _moved(data[block], run.base, run.folder)
     for key in ("weights", "vectors"):

@@ -113,6 +113,26 @@ def test_one_hot_weights_pick_each_samples_class():
     torch.testing.assert_close(result.weighted_gradient, picked)
 
 
+@pytest.mark.parametrize(
+    ("expression", "outputs"), [({"y": "a[0]", "z": "a[1]"}, None), (["a[0]", "a[1]"], [1]), ("a[0]", None)]
+)
+def test_a_one_hot_asks_for_the_classes_where_the_model_does_not_tell_them(capsys, expression, outputs):
+    data = {
+        "model": {"kind": "function", "expression": expression},
+        "inputs": {"kind": "inline", "values": [[1, 2]], "fields": {"target": [0]}},
+        "request": {
+            "returns": ["weighted_gradient"],
+            "weights": {"kind": "one_hot", "of": "target"},
+            "outputs": outputs,
+        },
+    }
+    Path("hot.yaml").write_text(emit.dump(data))
+    code, line = failure(capsys, "run", "hot.yaml")
+    assert code == 1
+    assert "hot.yaml, line" in line
+    assert "request.weights.classes: is required where the model's output is not one row of classes" in line
+
+
 def test_replaying_the_run_folder_gives_the_same_bits(small):
     assert main(["run", small, "output.path=first", "request.verify=2"]) == 0
     assert main(["run", "first/spec.yaml", "output.path=second"]) == 0
@@ -376,3 +396,17 @@ def test_known_answers_through_yaml_on_the_sessions_ray(case):
     assert main(["run", write_case(case, address="local", workers=2)]) == 0
     result = jacray.load("out")
     case.check(lambda name: getattr(result, name))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_client")
+def test_a_model_from_a_file_beside_the_yaml_reaches_rays_workers(small):
+    Path("beside_yaml.py").write_text(
+        "import torch\nfrom torch import nn\n\nclass Doubled(nn.Linear):\n"
+        "    def forward(self, x):\n        return 2 * super().forward(x)\n\ndef make():\n    return Doubled(2, 3)\n"
+    )
+    change = "model={kind: import, target: 'beside_yaml:make', seed: 1}"
+    assert main(["run", small, change, "cluster.address=local"]) == 0
+    torch.manual_seed(1)
+    expected = 2 * torch.nn.Linear(2, 3).weight.detach()
+    torch.testing.assert_close(jacray.load("out").jacobian, expected.expand(6, 3, 2))

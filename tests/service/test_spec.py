@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import random
+import re
 from pathlib import Path
 
 import jsonschema
@@ -240,6 +243,103 @@ def test_errors_raised_later_are_given_their_place_and_keep_their_class(tmp_path
     with pytest.raises(InputError, match=r"x\.yaml, line 5: inputs\.shape: ") as other, run.naming():
         raise InputError("inputs.shape", "is wrong")
     assert type(other.value) is InputError
+
+
+FULL = {
+    "model": {
+        "kind": "layers",
+        "layers": [
+            {"kind": "Linear", "in_features": 2, "out_features": 3},
+            {"kind": "residual", "layers": [{"kind": "Tanh"}], "shortcut": []},
+            {"kind": "parallel", "branches": [[{"kind": "ReLU"}]], "combine": "cat", "dim": 1},
+        ],
+        "weights": "x.safetensors",
+        "seed": 0,
+    },
+    "inputs": {
+        "kind": "random",
+        "shape": [4, 2],
+        "range": [0, 2],
+        "preprocess": [{"kind": "scale", "factor": 2}, {"kind": "normalise", "mean": [1, 2], "std": 1}],
+    },
+    "request": {"wrt": ["inputs", {"module": "a"}], "weights": {"kind": "one_hot", "of": "t"}, "vectors": [[1, 2]]},
+    "cluster": {"address": "local", "workers": 2, "cpus_per_worker": 1, "gpus_per_worker": 0},
+    "output": {"path": "runs/x", "report": True},
+}
+MODELS = [
+    FULL["model"],
+    {"kind": "function", "expression": ["a[0]", "a[1]"], "constants": {"w": [[1]]}, "inputs": ["a"]},
+    {"kind": "import", "target": "a:b", "args": {"x": 1}},
+]
+INPUTS = [
+    FULL["inputs"],
+    {"kind": "inline", "values": {"a": [[1, 2]]}, "fields": {"t": [1]}},
+    {"kind": "csv", "path": "x.csv", "columns": ["a"], "fields": {"t": "b"}},
+    {"kind": "npz", "path": "x.npz", "arrays": ["a"], "fields": {"t": "b"}},
+]
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    3.5,
+    10**30,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "a.b",
+    "\n",
+    "((((",
+    "a" * 3000,
+    [],
+    [[]],
+    [1],
+    ["x"],
+]
+ODD += [{}, {"kind": "x"}, {"kind": 3}, {"kind": []}, {"a": 1}, [None], [{}], [[1], [2, 3]], {"": ""}]
+
+
+def places(data, path=()):
+    parts = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, part in parts:
+        yield (*path, key)
+        yield from places(part, (*path, key))
+
+
+def mutated(seed):
+    """A good spec with one or two values replaced, keys added or taken away."""
+    rng = random.Random(seed)
+    data = copy.deepcopy({**FULL, "model": rng.choice(MODELS), "inputs": rng.choice(INPUTS)})
+    for _ in range(rng.choice([1, 1, 2])):
+        *above, key = rng.choice(list(places(data)))
+        inside = data
+        for step in above:
+            inside = inside[step]
+        action = rng.choice(["replace"] * 4 + ["remove", "add"])
+        if action == "remove":
+            del inside[key]
+        elif action == "add" and isinstance(inside, dict):
+            inside[rng.choice(["foo", "kind", "seed", "path", "name", "of"])] = copy.deepcopy(rng.choice(ODD))
+        else:
+            inside[key] = copy.deepcopy(rng.choice(ODD))
+    return data
+
+
+def told(data):
+    """What the check says, or an empty text for a good spec."""
+    try:
+        spec.check(documents.Document(data, "x.yaml"))
+    except SpecError as error:
+        return str(error)
+    return ""
+
+
+def test_a_thousand_mutated_specs_are_good_or_refused_with_one_line_that_names_a_key():
+    messages = [message for message in (told(mutated(seed)) for seed in range(1000)) if message]
+    known = r"x\.yaml: (model|inputs|request|cluster|output|foo|kind|seed|path|name|of)\b[^\n]*"
+    assert [message for message in messages if not re.fullmatch(known, message)] == []
+    assert len(messages) > 500
 
 
 # Resolved and the schema ----------------------------------------------------------------------------------------

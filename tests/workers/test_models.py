@@ -212,6 +212,7 @@ WRONG = [
     (layers({**LINEAR, "bias": {"a": 1}}), "model.layers.0.bias", "must be a number, a text", "{'a': 1}"),
     (layers({"kind": "Linear", "in_features": 2}), "model.layers.0.out_features", "is required by Linear", ""),
     (layers({**LINEAR, "in_features": 2.5}), "model.layers.0", "Linear refuses its arguments", "in_features=2.5"),
+    (layers({**LINEAR, "in_features": 0}), "model.layers.0", "must not have an empty parameter", "in_features=0"),
     (layers({**LINEAR, "in_features": -1}), "model.layers.0", "negative dimension", "in_features=-1"),
     (layers({**LINEAR, "in_features": 10**12}), "model.layers.0", "at most 2,147,483,648 parameters", "3000000000003"),
     (

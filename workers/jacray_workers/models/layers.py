@@ -50,11 +50,18 @@ def check_layer(kind: str, arguments: Mapping[str, Any]) -> None:
             warnings.simplefilter("ignore")
             layer = make_layer(kind, arguments)
     except Exception as error:  # noqa: BLE001 - torch's constructors raise whatever their arithmetic raises
-        given = Plain(", ".join(f"{k}={v!r}" for k, v in arguments.items()))
-        raise SpecError("", f"{kind} refuses its arguments: {shorten(Plain(str(error)))}", given) from None
+        rule = f"{kind} refuses its arguments: {shorten(Plain(str(error)))}"
+        raise SpecError("", rule, Plain(_written(arguments))) from None
+    empty = next((name for name, p in layer.named_parameters() if p.numel() == 0), None)
+    if empty is not None:
+        raise SpecError("", f"a layer must not have an empty parameter, as {empty} is", Plain(_written(arguments)))
     size = sum(p.numel() for p in layer.parameters())
     if size > MAX_PARAMETERS:
         raise SpecError("", f"a layer may have at most {MAX_PARAMETERS:,} parameters", size)
+
+
+def _written(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def _check_value(name: str, value: Any) -> None:

@@ -45,7 +45,7 @@ class Reshape(_Step):
     """Give each sample another shape; one size may be -1."""
 
     kind: Literal["reshape"] = "reshape"
-    shape: Annotated[tuple[Annotated[int, Field(strict=True, ge=-1)], ...], Field(max_length=16)]
+    shape: Annotated[tuple[Annotated[int, Field(strict=True, ge=-1, le=2**48)], ...], Field(max_length=16)]
 
     @field_validator("shape")
     @classmethod
