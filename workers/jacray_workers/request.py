@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Literal, get_args
 
@@ -108,10 +109,10 @@ class Request(BaseModel):
     @field_validator("returns", mode="before")
     @classmethod
     def _one_return_is_a_list(cls, value: Any) -> Any:
-        names = (value,) if isinstance(value, str) else tuple(value)
-        if not names:
-            raise ValueError(f"at least one of {', '.join(RETURNS)}")
-        return tuple(dict.fromkeys(names))
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple | set | frozenset) or not names:
+            raise ValueError(f"a list of at least one of {', '.join(RETURNS)}")
+        return tuple(dict.fromkeys(names)) if all(isinstance(name, str) for name in names) else tuple(names)
 
     @field_validator("wrt", mode="before")
     @classmethod
@@ -179,7 +180,7 @@ def budget_bytes(budget: int | float | str, free: int) -> int:
         power = _SCALE.get(unit[0], 0)
         scale = 2**power if "i" in unit else 10 ** (power // 10 * 3)
         budget = int(number * scale)
-    if isinstance(budget, bool) or budget <= 0:
+    if isinstance(budget, bool) or not math.isfinite(budget) or budget <= 0:
         raise ValueError(rule)
     return int(budget * free) if isinstance(budget, float) and budget <= 1 else int(budget)
 

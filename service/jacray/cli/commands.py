@@ -21,12 +21,13 @@ def plan_file(file: str, overrides: Sequence[str]) -> str:
     """How a file would be computed, in words."""
     run = read_run(file, overrides)
     from jacray.api import plan
+    from jacray.executors.threads import torch_threads
     from jacray.work import make
 
-    work = make(run)
-    with run.naming():
-        workers = 1 if run.spec.cluster.address == "inline" else run.spec.cluster.workers
-        return plan(work.model, work.loaded.inputs, request=work.request, workers=workers).explain()
+    work, cluster = make(run), run.spec.cluster
+    # As a worker would have it: threads decide which method is fastest, workers how many shards there are.
+    with run.naming(), torch_threads(max(1, int(cluster.cpus_per_worker))):
+        return plan(work.model, work.loaded.inputs, request=work.request, workers=cluster.workers).explain()
 
 
 def run_file(file: str, overrides: Sequence[str]) -> None:
