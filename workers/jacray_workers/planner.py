@@ -279,7 +279,7 @@ def _race(case: Case, kernel: Any, candidate: Candidate) -> float:
     allowed = max(TRIAL_SECONDS, TRIAL_SHARE * candidate.seconds)
     per_sample = max(candidate.seconds / case.samples, 1e-9)
     rows = case.rows if per_sample > allowed else range(problem.rows)
-    share = len(rows) / max(problem.rows, 1) if _by_rows(case, candidate) else 1.0
+    share = len(rows) / problem.rows if problem.rows and _by_rows(case, candidate) else 1.0
     heavy = max(1, len(rows) * sum(leaf.size for leaf in problem.leaves) * problem.dtype.itemsize)
     count = max(1, min(case.samples, 64, int(allowed / (per_sample * share)), case.budget // (8 * heavy)))
     if not case.standing.batched and candidate.method == "backward_loop":
@@ -299,7 +299,7 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
     problem, request = case.problem, case.request
     arrays = tuple(_factored(a, best) for a in case.arrays)
     line, rows = _banded(case, best)
-    line = products.memory(problem, request, line)
+    line = products.memory(problem, request, line, case.budget)
     held = sum(sizing.array_bytes(a) for a in arrays if a.axis < 0)
     factors = math.ceil(best.factor_bytes) if any(a.factored for a in arrays) else 0
     per_sample = sizing.bytes_per_sample([a for a in arrays if not a.factored], case.samples) + factors

@@ -55,6 +55,7 @@ class Reducer:
         self.prepared, self.buffers = prepared, buffers
         self.problem, self.request, self.plan = prepared.problem, prepared.request, prepared.plan
         self.kernel: Any = pick(self.plan.method)
+        self.piece = needs.piece(self.plan.budget_bytes)
         self.scratch: list[Tensor] = []
         self.by_blocks, self.by_passes = split(prepared)
         curved = {"ggn", "fisher"}.intersection(self.by_blocks + self.by_passes)
@@ -149,7 +150,7 @@ class Reducer:
         if name in needs.PAIRS:
             p = None if name == "gram" else p
             if request.vectors is None:
-                return parts.Pairs(problem, p)
+                return parts.Pairs(problem, p, self.piece)
             return parts.TimesVectors(problem, _selected(prepared.tangents, start, stop), p)
         if name == "jvp":
             return parts.Pushed(problem, _selected(prepared.tangents, start, stop))
@@ -159,7 +160,7 @@ class Reducer:
             return parts.Pulled(lambda: torch.cat(ks, dim=2), summed)
         if name == "mean_jacobian":
             return parts.Mean(problem, self.plan.samples)
-        return parts.Numbers(name, problem, stop - start, request.top_k, request.seed)
+        return parts.Numbers(name, problem, stop - start, request.top_k, request.seed, self.piece)
 
     def _bands(self) -> list[range]:
         """The ranges of rows that blocks come in."""
@@ -202,9 +203,8 @@ class Reducer:
         plan = self.plan
         view = self.buffers.view(self.buffers.arrays["ntk", -1, -1], shard.start, shard.stop)
         room = plan.budget_bytes - plan.peak_bytes
-        return Band(
-            view, shard, plan.samples, plan.chunk_size, self._bands(), self.request.ntk == "trace", room, compute, pause
-        )
+        trace = self.request.ntk == "trace"
+        return Band(view, shard, plan.samples, plan.chunk_size, self._bands(), trace, room, self.piece, compute, pause)
 
 
 def split(prepared: Prepared) -> tuple[tuple[str, ...], tuple[str, ...]]:

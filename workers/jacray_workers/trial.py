@@ -87,7 +87,7 @@ def _relative(a: Tensor, b: Tensor, block: Tensor, cotangent: Tensor | None) -> 
     if not bool(torch.isfinite(a).all()):
         return float("inf")
     scale = b.abs().max()
-    if cotangent is not None:
+    if cotangent is not None and block.numel():
         scale = torch.maximum(scale, block.double().abs().max() * cotangent.double().abs().max())
     return float((a - b).abs().max() / scale) if scale > 0 else float((a - b).abs().max())
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from jacray_workers.plan import Shard
 from jacray_workers.products import pairs
 from jacray_workers.products.dense import bytes_of, pieces
-from jacray_workers.products.needs import PIECE_BYTES
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Band:
         bands: the ranges of rows that units come in.
         trace: whether equal rows are summed.
         limit: bytes of blocks to keep.
+        piece: bytes that intermediates may take.
         compute: the blocks of a unit.
         pause: called between units; raises when the job was cancelled.
     """
@@ -50,11 +50,12 @@ class Band:
         bands: Sequence[range],
         trace: bool,
         limit: int,
+        piece: int,
         compute: Callable[[Unit], Sequence[Tensor]],
         pause: Callable[[], None],
     ) -> None:
         self.out, self.shard, self.samples, self.chunk, self.bands = out, shard, samples, chunk, bands
-        self.trace, self.limit, self.compute, self.pause = trace, limit, compute, pause
+        self.trace, self.limit, self.piece, self.compute, self.pause = trace, limit, piece, compute, pause
         self.kept: list[tuple[Unit, Sequence[Tensor]]] = []
         self.earlier: list[Unit] = []
         if not bands:
@@ -104,8 +105,8 @@ class Band:
             if a.rows == b.rows:
                 self._put_trace(a, b, pairs.traces(mine, others))
             return
-        each = (b.stop - b.start) * len(a.rows) * len(b.rows) * 8
-        for piece in pieces(a.stop - a.start, each, PIECE_BYTES):
+        each = (b.stop - b.start) * len(a.rows) * len(b.rows) * 16
+        for piece in pieces(a.stop - a.start, each, self.piece):
             here = Unit(a.start + piece.start, a.start + piece.stop, a.rows)
             found = pairs.products([block[piece] for block in mine], others)
             self._view(here, b).copy_(found)

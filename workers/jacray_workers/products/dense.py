@@ -39,6 +39,13 @@ def widened(t: Tensor) -> Tensor:
     return t.float() if t.dtype.itemsize < 4 else t
 
 
+def flat_pieces(blocks: Sequence[Tensor], limit: int, copies: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    """A few samples at a time of all leaves side by side, so that `copies` of each piece stay within `limit` bytes."""
+    numbers = sum(block.shape[1:].numel() for block in blocks)
+    for piece in pieces(blocks[0].shape[0], 8 * numbers * copies, limit):
+        yield piece, flat([block[piece] for block in blocks])
+
+
 def bytes_of(block: Tensor) -> int:
     """Bytes that a block holds on to."""
     return block.nbytes_factored if isinstance(block, Block) else block.numel() * block.element_size()

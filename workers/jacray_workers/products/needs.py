@@ -17,8 +17,9 @@ FROM_JACOBIAN = frozenset(
 PAIRS = frozenset(("gram", "ggn", "fisher"))
 # Directions that a product with many vectors pushes at a time.
 WIDTH = 64
-# What the products' own intermediates may take: they go piece by piece.
+# What the products' own intermediates may take, as they go piece by piece: a share of the budget, or this.
 PIECE_BYTES = 1 << 26
+PIECE_SHARE = 1 / 16
 
 
 def columns(problem: Problem) -> int:
@@ -75,18 +76,29 @@ def separable(problem: Problem, request: Request) -> bool:
     return not {"logabsdet", "singular_values"}.intersection(from_blocks(problem, request))
 
 
-def memory(problem: Problem, request: Request, line: Line) -> Line:
+def piece(budget: int) -> int:
+    """Bytes that intermediates may take at a time."""
+    return min(PIECE_BYTES, int(budget * PIECE_SHARE))
+
+
+def memory(problem: Problem, request: Request, line: Line, budget: int) -> Line:
     """A chunk's peak by its samples, from that of computing the blocks or passes alone.
 
-    What results hold beside: sums in the blocks' precision until they are added, the second side of `ntk`, the
-    basis of a Krylov space.
+    What results hold beside: sums in the blocks' precision until they are added, copies of one sample's Jacobian at
+    least, the second side of `ntk`, the basis of a Krylov space.
     """
-    item = problem.dtype.itemsize
+    item = max(problem.dtype.itemsize, 4)
     base, slope = line.base, line.slope
-    sums = sum(columns(problem) ** 2 * item for name in request.returns if name in PAIRS and request.vectors is None)
-    if FROM_JACOBIAN.intersection(request.returns) - {"jacobian"}:
-        base += sums + PIECE_BYTES
+    whole = problem.rows * columns(problem)
+    for name in request.returns:
+        if name in PAIRS and request.vectors is None:
+            base += columns(problem) ** 2 * item + max(piece(budget), 2 * item * whole)
+        elif name in ("singular_values", "logabsdet") and "blocks" in passes(problem, request, name):
+            base += max(piece(budget), 24 * whole)
+        elif name == "mean_jacobian":
+            base += 8 * whole
     if "ntk" in request.returns:
+        base += max(piece(budget), 16 * problem.rows**2)
         slope *= 2
     if "singular_values" in request.returns and krylov.pays(problem.rows, columns(problem), request.top_k):
         slope += krylov.numbers(problem.rows, columns(problem), request.top_k or 1) * item

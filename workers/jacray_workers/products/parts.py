@@ -39,8 +39,8 @@ class Part(abc.ABC):
 class Pairs(Part):
     """`gram`, `ggn` or `fisher` as a matrix."""
 
-    def __init__(self, problem: Problem, p: Tensor | None) -> None:
-        self.problem, self.gram = problem, Gram(columns(problem), p)
+    def __init__(self, problem: Problem, p: Tensor | None, piece: int) -> None:
+        self.problem, self.gram = problem, Gram(columns(problem), p, piece)
         self.looks = p is not None
 
     def look(self, rows: range, blocks: Sequence[Tensor]) -> None:
@@ -148,8 +148,8 @@ class Mean(Part):
 class Numbers(Part):
     """`norms`, `singular_values` or `logabsdet` of `size` samples."""
 
-    def __init__(self, name: str, problem: Problem, size: int, top_k: int | None, seed: int) -> None:
-        self.name, self.top_k, self.seed = name, top_k, seed
+    def __init__(self, name: str, problem: Problem, size: int, top_k: int | None, seed: int, piece: int) -> None:
+        self.name, self.top_k, self.seed, self.piece = name, top_k, seed, piece
         self.value = torch.zeros(size, dtype=torch.float64, device=problem.device)
 
     def take(self, rows: range, blocks: Sequence[Tensor]) -> None:
@@ -158,9 +158,9 @@ class Numbers(Part):
         if self.name == "norms":
             self.value += spectrum.squares(blocks)
         elif self.name == "logabsdet":
-            self.value = spectrum.logabsdet(blocks)
+            self.value = spectrum.logabsdet(blocks, self.piece)
         else:
-            self.value = spectrum.singular_values(blocks, self.top_k, self.seed)
+            self.value = spectrum.singular_values(blocks, self.top_k, self.seed, self.piece)
 
     def found(self) -> Found:
         """One array."""

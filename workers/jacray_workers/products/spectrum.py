@@ -14,11 +14,12 @@ from torch import Tensor
 
 from jacray_workers.blocks import Block, as_block
 from jacray_workers.products import krylov
-from jacray_workers.products.dense import factored, flat, matrix, pieces, widened
-from jacray_workers.products.needs import PIECE_BYTES
+from jacray_workers.products.dense import factored, flat, flat_pieces, matrix, pieces, widened
 
 # From this ratio of the sides on, the small one is worked on; LAPACK's own drivers change their way at about 1.8.
 TALL = 2
+# Columns that are made float64 at a time.
+STRIPE = 4096
 
 
 def squares(blocks: Sequence[Tensor]) -> Tensor:
@@ -36,29 +37,28 @@ def _squares(block: Tensor) -> Tensor:
     return norms.double().square().sum(dim=1)
 
 
-def logabsdet(blocks: Sequence[Tensor]) -> Tensor:
+def logabsdet(blocks: Sequence[Tensor], piece: int) -> Tensor:
     """log|det J| of each sample, `(b,)` in float64: minus infinity where J is singular to the bit.
 
-    The factorisation is in float64 whatever the Jacobian's precision.
+    The factorisation is in float64 whatever the Jacobian's precision; `piece` bounds the bytes of its copies.
     """
-    whole = flat(blocks)
-    size = whole.shape[1]
-    parts = [
-        torch.linalg.slogdet(whole[piece].double()).logabsdet
-        for piece in pieces(whole.shape[0], 3 * 8 * size**2, PIECE_BYTES)
-    ]
-    return torch.cat(parts)
+    parts = flat_pieces(blocks, piece, 3)
+    return torch.cat([torch.linalg.slogdet(part.double()).logabsdet for _, part in parts])
 
 
-def singular_values(blocks: Sequence[Tensor], top_k: int | None, seed: int) -> Tensor:
-    """Each sample's singular values, largest first: `(b, rank)`, or the first `top_k` of them."""
+def singular_values(blocks: Sequence[Tensor], top_k: int | None, seed: int, piece: int) -> Tensor:
+    """Each sample's singular values, largest first: `(b, rank)`, or the first `top_k` of them.
+
+    `piece` bounds the bytes of intermediates, one sample's at least.
+    """
     if all(factored(block) and block.dtype != torch.float64 for block in blocks):
         return _from_factors(blocks)[:, :top_k]
-    whole = flat(blocks)
-    rows, columns = whole.shape[1:]
-    if krylov.pays(rows, columns, top_k):
-        return krylov.of_dense(whole, top_k or 1, seed)
-    found = [values(whole[piece]) for piece in pieces(whole.shape[0], whole[:1].nbytes, PIECE_BYTES)]
+    rows, columns = blocks[0].shape[1], sum(block.shape[2:].numel() for block in blocks)
+    lanczos = krylov.pays(rows, columns, top_k)
+    found = [
+        krylov.of_dense(part, top_k or 1, seed) if lanczos else values(part)
+        for _, part in flat_pieces(blocks, piece, 3)
+    ]
     return torch.cat(found)[:, :top_k]
 
 
@@ -96,8 +96,8 @@ def _from_rows(wide: Tensor) -> Tensor:
         found: Tensor = torch.linalg.svdvals(torch.linalg.qr(wide.mT, mode="r").R)
         return found
     gram = torch.zeros(*wide.shape[:2], wide.shape[1], dtype=torch.float64, device=wide.device)
-    for piece in pieces(wide.shape[2], 8 * wide.shape[:2].numel(), PIECE_BYTES):
-        part = wide[:, :, piece].double()
+    for columns in pieces(wide.shape[2], 1, STRIPE):
+        part = wide[:, :, columns].double()
         gram.baddbmm_(part, part.mT)
     return _roots(gram).to(wide.dtype)
 

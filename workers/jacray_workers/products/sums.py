@@ -11,8 +11,8 @@ from torch import Tensor
 from jacray_workers.kernels.common import basis, per_sample, spans
 from jacray_workers.problem import Problem
 from jacray_workers.products import curvature
-from jacray_workers.products.dense import flat, pieces
-from jacray_workers.products.needs import PIECE_BYTES, WIDTH
+from jacray_workers.products.dense import flat_pieces
+from jacray_workers.products.needs import WIDTH
 
 # Columns of a symmetric product that are multiplied at a time: the part left of them is known by symmetry.
 STRIPE = 512
@@ -24,10 +24,11 @@ class Gram:
     Args:
         columns: of the Jacobian over all leaves.
         p: the softmax `(b, positions, classes)` in H = diag(p) - p p^T; None for the identity.
+        piece: bytes that intermediates may take.
     """
 
-    def __init__(self, columns: int, p: Tensor | None) -> None:
-        self.columns, self.p = columns, p
+    def __init__(self, columns: int, p: Tensor | None, piece: int) -> None:
+        self.columns, self.p, self.piece = columns, p, piece
         self.centre: Tensor | None = None
         self.total: Tensor | None = None
 
@@ -35,20 +36,19 @@ class Gram:
         """See some rows before any is taken: the mean row must be complete first."""
         if self.p is None:
             return
-        part = flat(blocks)
-        if self.centre is None:
-            self.centre = part.new_zeros(*self.p.shape[:2], self.columns)
-        curvature.add_centre(self.centre, self.p, rows, part)
+        for piece, part in flat_pieces(blocks, self.piece):
+            if self.centre is None:
+                self.centre = part.new_zeros(*self.p.shape[:2], self.columns)
+            curvature.add_centre(self.centre[piece], self.p[piece], rows, part)
 
     def take(self, rows: range, blocks: Sequence[Tensor]) -> None:
         """Add what some rows contribute."""
-        part = flat(blocks)
-        if self.total is None:
-            self.total = part.new_zeros(self.columns, self.columns)
-        for piece in pieces(part.shape[0], part[:1].nbytes, PIECE_BYTES):
-            a = part[piece]
+        for piece, part in flat_pieces(blocks, self.piece, 3):
+            if self.total is None:
+                self.total = part.new_zeros(self.columns, self.columns)
+            a = part
             if self.p is not None and self.centre is not None:
-                a = curvature.root_times(self.p[piece], self.centre[piece], rows, a)
+                a = curvature.root_times(self.p[piece], self.centre[piece], rows, part)
             add_upper(self.total, a.reshape(-1, self.columns))
 
     def pairs(self, problem: Problem) -> dict[tuple[int, int], Tensor]:
