@@ -78,7 +78,8 @@ def _hook(point: ModulePoint, value: Tensor | None, captured: dict[str, Tensor] 
         if value is not None:
             leaves[first] = value
         if captured is not None:
-            captured[point.key] = leaves[first]
+            # The rest of the model may write into what passes here, as an in-place activation does.
+            captured[point.key] = leaves[first].clone()
         return pytree.tree_unflatten(leaves, spec) if value is not None else None
 
     return hook

@@ -133,6 +133,7 @@ class Problem:
         point: the hidden point that stands for the output, or None.
         cast: the precision float inputs are cast to, or None to take them as they come.
         random: the model draws random numbers, so every pass starts from the same seed.
+        writes: the model writes into what it is given, so every pass is given copies.
         notes: what a reader of the plan should know.
         memo: what kernels found out about the model's make-up and may use again in later calls. It outlives changes of
             the parameters' values, so nothing computed from them belongs here, and no reference to the module.
@@ -154,6 +155,7 @@ class Problem:
     point: ModulePoint | None
     cast: torch.dtype | None = None
     random: bool = False
+    writes: bool = False
     notes: tuple[str, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -197,6 +199,9 @@ class Problem:
                 injected[leaf.point] = value
         if self.random:
             seed_generators(self.seed)
+        if self.writes:
+            inputs = [leaf.clone() for leaf in inputs]
+            injected = {point: value.clone() for point, value in injected.items()}
         args, kwargs = self.call.bind(inputs)
         with hidden_points(self.module, injected, self.point) as captured:
             y = self._call(swapped, args, kwargs)
@@ -228,9 +233,9 @@ class Problem:
     def _hidden(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
         """The values that the hidden leaves have for this batch."""
         found = {}
-        args, kwargs = self.call.bind(batch)
         for leaf in self.leaves:
             if leaf.side == "module":
+                args, kwargs = self.call.bind([part.clone() for part in batch] if self.writes else batch)
                 with torch.no_grad(), hidden_points(self.module, {}, leaf.point) as captured:
                     self._call(self.tensors, args, kwargs)
                 found[leaf.key] = captured[leaf.key].detach()

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from jacray_workers.errors import InputError, JacrayError, ModelError, RequestError
+from jacray_workers.errors import CoupledSamplesError, InputError, JacrayError, ModelError, Plain, RequestError
 from jacray_workers.points import find_module
 from jacray_workers.problem import CallableModule, Leaf, Out, Problem, as_module
 from jacray_workers.request import ModulePoint, Request
+from jacray_workers.session import lock_of
 from jacray_workers.trees import arguments
 from jacray_workers.validation import nearest
 
@@ -58,13 +59,17 @@ def resolve(model: Any, inputs: Any, request: Request) -> tuple[Problem, list[Te
         cast=cast,
         random=True,
     )
-    batch = place(problem, [leaf[:1] for leaf in leaves])
     with problem.session():
+        batch = [leaf.clone() for leaf in place(problem, [leaf[:1] for leaf in leaves])]
         before = torch.get_rng_state()
         y = run_model(problem, batch)
         random = request.training or not torch.equal(before, torch.get_rng_state())
+        # From here on a model that writes into what it is given is given copies: the caller's tensors stay whole.
+        problem = replace(problem, writes=_written(batch))
+        batch = place(problem, [leaf[:1] for leaf in leaves])
         outs, out_tree, out_notes = _outs(y, None if point else request.outputs, leaves[0].shape[0])
         wrt, wrt_tree, wrt_notes = _leaves(problem, batch, request)
+        writes = problem.writes or _writes_hidden(replace(problem, leaves=wrt), batch)
     kept = functools.reduce(torch.promote_types, [out.dtype for out in outs])
     rows = sum(len(out.rows) for out in outs)
     notes = (*out_notes, *wrt_notes)
@@ -77,9 +82,25 @@ def resolve(model: Any, inputs: Any, request: Request) -> tuple[Problem, list[Te
         wrt_tree=wrt_tree,
         out_tree=out_tree,
         random=random,
+        writes=writes,
         notes=notes,
     )
     return resolved, leaves
+
+
+def _written(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of these fresh tensors was written to."""
+    return any(tensor._version > 0 for tensor in tensors)
+
+
+def _writes_hidden(problem: Problem, batch: Sequence[Tensor]) -> bool:
+    """Whether the model writes into a hidden value that is put in place, as an in-place activation after it does."""
+    if not any(leaf.side == "module" for leaf in problem.leaves):
+        return False
+    values = [value.clone() for value in problem.values(batch)]
+    with torch.no_grad():
+        problem.call_model(values, batch)
+    return _written(values)
 
 
 def run_model(problem: Problem, batch: Sequence[Tensor]) -> Any:
@@ -93,22 +114,29 @@ def run_model(problem: Problem, batch: Sequence[Tensor]) -> Any:
     except JacrayError:
         raise
     except Exception as error:
-        shapes = ", ".join(f"{tuple(leaf.shape)} {str(leaf.dtype)[6:]}" for leaf in batch)
-        raise ModelError(
-            "model",
-            f"must accept the inputs, but raised {type(error).__name__}: {error}",
-            f"a batch of {shapes}",
-            _hint(error),
-        ) from error
+        raise _does_not_run(problem, batch, error) from error
 
 
-def _hint(error: Exception) -> str:
+def _does_not_run(problem: Problem, batch: Sequence[Tensor], error: Exception) -> ModelError:
     text = str(error)
-    if "dtype" in text or "expected scalar type" in text or "Double" in text:
-        return "set dtype='float32' (or 'float64') to cast the model and the inputs alike"
-    if "Expected more than 1 value per channel" in text:
-        return "per-sample Jacobians see one sample at a time: leave training=False, or replace the batch norm"
-    return ""
+    if problem.training and "Expected more than 1 value per channel" in text:
+        return _batch_statistics(problem.module)
+    shapes = ", ".join(f"{tuple(leaf.shape)} {str(leaf.dtype)[6:]}" for leaf in batch)
+    casts = "dtype" in text or "expected scalar type" in text or "Double" in text
+    hint = "set dtype='float32' (or 'float64') to cast the model and the inputs alike" if casts else ""
+    rule = f"must accept the inputs, but raised {type(error).__name__}: {error}"
+    return ModelError("model", rule, f"a batch of {shapes}", hint)
+
+
+def _batch_statistics(module: nn.Module) -> CoupledSamplesError:
+    """Batch norm in training mode refuses a single sample; the first such layer is named."""
+    norms = [name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return CoupledSamplesError(
+        "model",
+        "must treat the samples of a batch apart, but batch norm in training mode takes its statistics from all",
+        Plain(f"module {norms[0]}") if norms else None,
+        "leave training=False, so that it uses its running statistics, or put a norm over each sample in its place",
+    )
 
 
 def place(problem: Problem, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -147,12 +175,19 @@ def moved(module: nn.Module, device: torch.device, cast: torch.dtype | None) -> 
     In training mode buffers such as running statistics are written to, so copies take the writes.
     """
     swapped: dict[str, Tensor] = {}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        wanted = tensor.detach().to(device=device, dtype=cast if tensor.is_floating_point() else None)
-        if wanted.data_ptr() != tensor.data_ptr() or wanted.dtype != tensor.dtype or wanted.device != tensor.device:
-            swapped[name] = wanted
-    for name, buffer in module.named_buffers():
-        swapped.setdefault(name, buffer.detach().clone())
+    # What is made under the caller's inference mode, tensors of the module included, cannot take part in derivatives.
+    # The lock: in another thread's session the module may hold other tensors in its parameters' places.
+    with torch.inference_mode(mode=False), lock_of(module):
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            wanted = tensor.detach().to(device=device, dtype=cast if tensor.is_floating_point() else None)
+            if wanted.is_inference():
+                swapped[name] = wanted.clone()
+            elif (
+                wanted.data_ptr() != tensor.data_ptr() or wanted.dtype != tensor.dtype or wanted.device != tensor.device
+            ):
+                swapped[name] = wanted
+        for name, buffer in module.named_buffers():
+            swapped.setdefault(name, buffer.detach().clone())
     return swapped
 
 
