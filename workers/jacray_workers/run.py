@@ -50,7 +50,6 @@ def run_shard(
         VerificationError: a checked sample disagrees with an independent computation.
     """
     began = time.perf_counter()
-    buffers = _Buffers(prepared, shard, into or {})
     chunk, backoffs = prepared.plan.chunk_size, 0
     at = shard.start
 
@@ -59,6 +58,8 @@ def run_shard(
             raise JobError("job", "was cancelled", f"after {at - shard.start} samples of shard {shard.index}")
 
     with prepared.problem.session():
+        # Inside, for a buffer made under the caller's inference mode could not be written to here.
+        buffers = _Buffers(prepared, shard, into or {})
         reducer = Reducer(prepared, shard, buffers, pause)
         while at < shard.stop:
             pause()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jacray_workers.errors import ModelError
+
+# Not in torch's public names, and not in the stubs either.
+_fallback_warnings: Callable[[bool], None] = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _GUARD = threading.Lock()
 _OWN = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
@@ -37,6 +41,7 @@ def session(module: nn.Module, *, training: bool, tf32: bool, seed: int | None) 
         stack.enter_context(_kept_requires_grad(module))
         stack.enter_context(_fast_path_off())
         stack.enter_context(_tf32(tf32))
+        stack.enter_context(_NO_FALLBACK_WARNINGS)
         if seed is not None:
             stack.enter_context(_kept_rng())
             seed_generators(seed)
@@ -46,9 +51,49 @@ def session(module: nn.Module, *, training: bool, tf32: bool, seed: int | None) 
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if any(part.training != training for part in module.modules()):
-            module.train(training)
+        _switch(module, training)
         yield
+
+
+def _switch(module: nn.Module, training: bool) -> None:
+    """Put the module into train or eval mode.
+
+    Raises:
+        ModelError: training mode was asked of an exported program, whose mode is part of its graph.
+    """
+    if all(part.training == training for part in module.modules()):
+        return
+    try:
+        module.train(training)
+    except NotImplementedError as error:
+        if training:
+            rule = f"must be able to change its mode, but raised NotImplementedError: {error}"
+            raise ModelError("model", rule, type(module).__name__, "export it in training mode") from error
+
+
+class _FallbackWarnings(contextlib.AbstractContextManager[None]):
+    """While any session is open torch does not warn about operators that `vmap` runs in a loop.
+
+    The planner times every method, so a slow one loses without a word to the caller's user. The flag is one for the
+    whole process, hence the count.
+    """
+
+    def __init__(self) -> None:
+        self._open = 0
+
+    def __enter__(self) -> None:
+        with _GUARD:
+            self._open += 1
+            _fallback_warnings(False)
+
+    def __exit__(self, *exc: object) -> None:
+        with _GUARD:
+            self._open -= 1
+            if self._open == 0:
+                _fallback_warnings(True)
+
+
+_NO_FALLBACK_WARNINGS = _FallbackWarnings()
 
 
 @contextlib.contextmanager
