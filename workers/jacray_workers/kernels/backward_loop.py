@@ -60,7 +60,9 @@ def _launch_bound(problem: Problem, batch: Sequence[Tensor], rows: int) -> bool:
     """Whether the backward passes are so small that calling them costs more than their arithmetic."""
     widest = max(leaf.size for leaf in problem.leaves)
     cheap = rows * batch[0].shape[0] * (widest + problem.rows) <= FOLDED and not problem.random
-    return rows > 1 and cheap and all(per_sample(leaf) for leaf in problem.leaves)
+    # A batch of one may mean that the model does not take several: copies of one sample would be several too.
+    several = batch[0].shape[0] > 1
+    return rows > 1 and several and cheap and all(per_sample(leaf) for leaf in problem.leaves)
 
 
 def _fold(problem: Problem, batch: Sequence[Tensor], rows: range, blocks: Sequence[Tensor]) -> None:
@@ -70,7 +72,7 @@ def _fold(problem: Problem, batch: Sequence[Tensor], rows: range, blocks: Sequen
     values, y = _graph(problem, repeated)
     cotangent = basis(rows, problem.rows, y).repeat(size, 1)
     for block, grad in zip(blocks, pull(y, values, cotangent, keep=False), strict=True):
-        block.copy_(grad.view(block.shape))
+        block.copy_(grad.reshape(block.shape))
 
 
 def _graph(problem: Problem, batch: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -51,7 +51,8 @@ def jacobian(
         return tuple(torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
 
     mapped = vmap(one, in_dims=(leaf_dims(problem), (0,) * len(batch)), randomness="same")
-    return deliver(list(mapped(tuple(values), tuple(batch))), into)
+    with math_attention():
+        return deliver(list(mapped(tuple(values), tuple(batch))), into)
 
 
 def deliver(blocks: list[Tensor], into: list[Tensor] | None) -> list[Tensor]:
@@ -75,7 +76,8 @@ def vjp(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sampl
         return found
 
     dims = (leaf_dims(problem), (0,) * len(batch), 1)
-    return list(vmap(one, in_dims=dims, out_dims=1, randomness="same")(tuple(values), tuple(batch), cotangents))
+    with math_attention():
+        return list(vmap(one, in_dims=dims, out_dims=1, randomness="same")(tuple(values), tuple(batch), cotangents))
 
 
 def _vjp_of_batch(problem: Problem, values: list[Tensor], batch: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
@@ -89,7 +91,8 @@ def _vjp_of_batch(problem: Problem, values: list[Tensor], batch: Sequence[Tensor
         found: Tensor = mapped(tuple(leaves), tuple(batch))
         return found
 
-    pull = func_vjp(rows_of, *values)[1]
+    with math_attention():
+        pull = func_vjp(rows_of, *values)[1]
     return [torch.stack(parts) for parts in zip(*[pull(k) for k in cotangents], strict=True)]
 
 
@@ -115,5 +118,5 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
 
 
 def math_attention() -> AbstractContextManager[None]:
-    """Forward mode through attention: only the unfused kernel has a rule for it."""
+    """Attention by the unfused kernel: only that one has a rule for vmap and for forward mode."""
     return sdpa_kernel(SDPBackend.MATH)
