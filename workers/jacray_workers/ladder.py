@@ -60,7 +60,8 @@ def stand(problem: Problem, batch: Sequence[Tensor]) -> Standing:
 def reads_values(problem: Problem, batch: Sequence[Tensor]) -> bool:
     """Whether the model turns the value of a tensor that depends on its inputs into a Python value."""
     values = problem.values(batch)
-    with torch.no_grad(), _Reads([*batch, *values]) as reads:
+    reads = _Reads([*batch, *values])
+    with torch.no_grad(), reads:
         try:
             problem.forward(values, batch)
         except (RuntimeError, ValueError, TypeError, IndexError, ModelError):
@@ -72,7 +73,7 @@ class _Reads(TorchFunctionMode):
     """Notices calls that read a value derived from the data it is given."""
 
     def __init__(self, data: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seen = False
         # The tensors themselves are kept, for an id means nothing once its tensor is gone.
         self._data = {id(tensor): tensor for tensor in data}

@@ -50,9 +50,9 @@ def measure(work: Callable[[], Any], device: torch.device) -> int:
         before: int = torch.cuda.memory_allocated(device)
         work()
         torch.cuda.synchronize(device)
-        peak: int = torch.cuda.max_memory_allocated(device)
-        return peak - before
-    with _Watch() as watch:
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    watch = _Watch()
+    with watch:
         work()
     return watch.peak
 

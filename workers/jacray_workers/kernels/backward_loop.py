@@ -8,6 +8,7 @@ batch of one. Parameters take one sample at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -92,11 +93,11 @@ def pull(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bo
     if not y.requires_grad:
         return [torch.zeros_like(value) for value in values]
     try:
-        grads: Sequence[Tensor | None]
         grads = torch.autograd.grad(y, values, cotangent, retain_graph=keep, allow_unused=True)
     except RuntimeError as error:
         raise MethodError("method", f"backward failed: {error}", "backward_loop") from error
-    return [torch.zeros_like(v) if g is None else g for g, v in zip(grads, values, strict=True)]
+    found = cast("tuple[Tensor | None, ...]", grads)
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, values, strict=True)]
 
 
 def vjp(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sample_params: bool = True) -> list[Tensor]:
