@@ -15,14 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from jacray_workers.bracket import Chain, merge, useful
 from jacray_workers.sink import Slot, arguments
-from jacray_workers.trace import Node, Tape
+from jacray_workers.tape import Node, Tape
 
 # Operations that one number costs a call that does no matrix product: memory traffic, in units of a product's speed.
 ELEMENT = 32.0
 # The same for writing one number of a Jacobian.
 WRITE = 16.0
-# The same for setting vectors going through a segment, for the whole batch.
-LAUNCH = 1e7
+# The same for setting vectors going through a segment, spread over a batch of usual size. The actual size does not
+# matter, so that one model is bracketed the same way in every chunk.
+LAUNCH = 5e7
+BATCH = 32
 # More inner cuts than this make the dynamic programme slow and nothing cheaper.
 MOST_CUTS = 40
 # Calls that only rename the axes or keep the order of the numbers as it is.
@@ -202,7 +204,7 @@ def cuttings(
         known=tuple(weight is not None for weight in weights),
         forward=(True,) * len(spans),
         write=WRITE,
-        launch=LAUNCH / ends.layouts[0].samples,
+        launch=LAUNCH / BATCH,
     )
     kept = useful(chain, MOST_CUTS)
     joined = [tuple(itertools.chain.from_iterable(nodes[a:b])) for a, b in itertools.pairwise(kept)]

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacray_workers.cuts import Layout, layouts
 from jacray_workers.problem import Problem
-from jacray_workers.trace import Tape, Untraceable
+from jacray_workers.tape import Tape
+from jacray_workers.trace import Untraceable
 
 # Two computations of one number in the same order of calls, relative to the largest one.
 SAME = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -100,7 +101,10 @@ def locate(
     rows = Layout(tuple(env[tape.output].shape), 1, samples, env[tape.output].shape[1])
     possible[tape.output] = [rows]
     for sample in (0, samples - 1):
-        for changed in (_moved(tape, env, values, batch, sample), _poisoned(tape, values, batch, sample, wanted)):
+        for changed in (
+            _moved(tape, env, values, batch, sample, wanted),
+            _poisoned(tape, values, batch, sample, wanted),
+        ):
             for value, mask in changed.items():
                 possible[value] = [p for p in possible.get(value, []) if _only(mask, p, sample)]
         if not possible[tape.output]:
@@ -116,14 +120,19 @@ def _only(mask: Tensor, layout: Layout, sample: int) -> bool:
 
 
 def _moved(
-    tape: Tape, env: Sequence[Tensor], values: Sequence[Tensor], batch: Sequence[Tensor], sample: int
+    tape: Tape,
+    env: Sequence[Tensor],
+    values: Sequence[Tensor],
+    batch: Sequence[Tensor],
+    sample: int,
+    wanted: Sequence[int],
 ) -> dict[int, Tensor]:
     """Per value, which numbers change with one sample's inputs."""
-    wanted = frozenset(v for v in tape.dep if isinstance(env[v], Tensor))
+    kept = frozenset((*wanted, tape.output))
     with torch.no_grad():
-        now = replay(tape, perturbed(values, [sample], 4), perturbed(batch, [sample], 5), wanted)
+        now = replay(tape, perturbed(values, [sample], 4), perturbed(batch, [sample], 5), kept)
     found = {}
-    for value in wanted:
+    for value in kept:
         allowed = SAME.get(env[value].dtype, 0.0) * env[value].detach().abs().nan_to_num().amax()
         found[value] = (now[value] - env[value].detach()).abs() > allowed
     return found

@@ -286,24 +286,36 @@ def passes(bracket: Bracket) -> Iterator[tuple[str, tuple[int, int]]]:
             yield ("forward" if part.kind in ("forward", "push") else "reverse"), part.through
 
 
-def try_pull(run: Run, through: tuple[int, int]) -> None:
-    """Take two cotangents back through a segment; raises what that raises."""
+def vmap_gap(run: Run, through: tuple[int, int]) -> tuple[float, float]:
+    """How far two cotangents taken back at once come out from one after the other, and their size.
+
+    Not every backward has a rule for `vmap`, and the one of `cdist` has a wrong one.
+    """
     start, stop = (run.cuttings.cuts[cut] for cut in through)
-    pull(run, start, stop, torch.ones(2, *stop.layouts[0].shape).to(run.env[stop.value]), through in run.loops)
+    seeds = stop.layouts[0].spread(_random(run, 1, stop)[0])
+    with torch.no_grad():
+        together = pull(run, start, stop, seeds, loop=False)
+        alone = pull(run, start, stop, seeds, loop=True)
+    gaps = [float((a - b).abs().max()) for a, b in zip(together, alone, strict=True) if a.numel()]
+    return max(gaps), max(float(b.abs().max()) for b in alone if b.numel())
 
 
-def adjoint_gap(run: Run, through: tuple[int, int], seed: int = 0) -> tuple[float, float]:
-    """|<u, J v> - <J^T u, v>| of a segment, and the size of the terms, for random vectors."""
+def adjoint_gap(run: Run, through: tuple[int, int]) -> tuple[float, float]:
+    """|<u, J v> - <J^T u, v>| of a segment for random vectors, and the size of the terms."""
     start, stop = (run.cuttings.cuts[cut] for cut in through)
-    like = run.env[stop.value]
-    random = torch.Generator().manual_seed(seed)
-    u, v = (
-        torch.randn(2, run.samples, cut.width, generator=random, dtype=torch.float64).to(like) for cut in (stop, start)
-    )
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    u, v = _random(run, 2, stop, start)
+    with torch.no_grad():
         pushed = stop.layouts[0].gather(push(run, through, v))
         pulled = pull(run, start, stop, stop.layouts[0].spread(u), loop=True)
     back = torch.cat([layout.gather(part) for layout, part in zip(start.layouts, pulled, strict=True)], dim=2)
     gap = (u * pushed).sum(2) - (back * v).sum(2)
-    size = (u * pushed).norm() + (back * v).norm()
-    return float(gap.abs().max()), float(size)
+    return float(gap.abs().max()), float((u * pushed).norm() + (back * v).norm())
+
+
+def _random(run: Run, seed: int, *cuts: Cut) -> list[Tensor]:
+    """Two random vectors `(2, samples, width)` for each cut."""
+    random = torch.Generator().manual_seed(seed)
+    like = run.env[run.cuttings.tape.output]
+    return [
+        torch.randn(2, run.samples, cut.width, generator=random, dtype=torch.float64).to(like).detach() for cut in cuts
+    ]

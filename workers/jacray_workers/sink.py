@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from jacray_workers.trace import Node, Tape, trim
+from jacray_workers.tape import Node, Tape, trim
 
 # Calls that work on each number by itself, as long as they take one tensor.
 POINTWISE = frozenset(

@@ -1,14 +1,13 @@
-"""Record the torch calls that a model makes, as a tape that can be run again, in whole or in part.
+"""Record the torch calls that a model makes, as a tape.
 
-The tape is linear and purely functional: every tensor that a call makes or overwrites is a new value with a number,
-and a call that writes in place is replayed on a copy. Where Python looked at a tensor's numbers, or where a tensor
-appears that no recorded call made, the tape would not hold for other inputs, so there is none: `Untraceable` says why.
+Where Python looked at a tensor's numbers, or where a tensor appears that no recorded call made, the tape would not hold
+for other inputs, so there is none: `Untraceable` says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from jacray_workers.problem import Problem
+from jacray_workers.tape import Node, Tape, trim
 
 # Methods that tell something about a tensor without looking at its numbers.
 _METADATA = frozenset(
@@ -35,120 +35,6 @@ _MEDDLING = frozenset(
 
 class Untraceable(Exception):  # noqa: N818  # a finding about the model, which becomes a refusal
     """The model's calls do not make a tape that holds for other inputs."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One recorded call.
-
-    Attributes:
-        func: what was called.
-        name: its short name.
-        leaves: the arguments, flattened; None where a value of the tape goes.
-        slots: pairs (place among the leaves, value).
-        spec: the structure of the arguments, or None where they are flat.
-        keys: the keywords that the last leaves go by, where they are flat.
-        outs: pairs (place among the flattened results, value).
-        writes: the place among the leaves of the tensor that is written in place, or -1.
-        written: the value that stands for it afterwards, or -1.
-        dep: whether a derivative passes through.
-        drop: values that no later node needs.
-    """
-
-    func: Callable[..., Any] = field(repr=False)
-    name: str
-    leaves: tuple[Any, ...] = field(repr=False)
-    slots: tuple[tuple[int, int], ...]
-    spec: pytree.TreeSpec | None = field(repr=False)
-    keys: tuple[str, ...]
-    outs: tuple[tuple[int, int], ...]
-    writes: int = -1
-    written: int = -1
-    dep: bool = False
-    drop: tuple[int, ...] = ()
-
-    @property
-    def needs(self) -> tuple[int, ...]:
-        """The values that it takes."""
-        return tuple(value for _, value in self.slots)
-
-    @property
-    def makes(self) -> tuple[int, ...]:
-        """The values that it makes."""
-        made = dict.fromkeys(value for _, value in self.outs)
-        return tuple(made if self.writes < 0 else made | {self.written: None})
-
-    def run(self, env: Any) -> None:
-        """Call it with the values in `env`, and put there what it makes."""
-        leaves = list(self.leaves)
-        for at, value in self.slots:
-            leaves[at] = env[value]
-        if self.writes >= 0:
-            leaves[self.writes] = env[self.written] = leaves[self.writes].clone()
-        if self.spec is None:
-            flat = len(leaves) - len(self.keys)
-            result = self.func(*leaves[:flat], **dict(zip(self.keys, leaves[flat:], strict=True)))
-        else:
-            args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-            result = self.func(*args, **kwargs)
-        if isinstance(result, Tensor):
-            for _, value in self.outs:
-                env[value] = result
-        elif self.outs:
-            found = pytree.tree_leaves(result)
-            for at, value in self.outs:
-                env[value] = found[at]
-
-
-@dataclass(frozen=True)
-class Tape:
-    """A model's calls for one shape of batch.
-
-    Attributes:
-        nodes: the calls that the output needs, in order.
-        leaves: the values of the problem's leaves.
-        inputs: pairs (value, place in the batch) of the inputs that are not leaves.
-        constants: the tensors that come from outside or depend on nothing, by value.
-        output: the value that `problem.forward` returned.
-        count: how many values there are.
-        dep: the values that a derivative passes through.
-    """
-
-    nodes: tuple[Node, ...]
-    leaves: tuple[int, ...]
-    inputs: tuple[tuple[int, int], ...]
-    constants: tuple[tuple[int, Tensor], ...] = field(repr=False)
-    output: int
-    count: int
-    dep: frozenset[int]
-
-    def start(self, values: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Any]:
-        """The values before the first call."""
-        env: list[Any] = [None] * self.count
-        for value, tensor in self.constants:
-            env[value] = tensor
-        for value, index in self.inputs:
-            env[value] = batch[index]
-        for value, tensor in zip(self.leaves, values, strict=True):
-            env[value] = tensor
-        return env
-
-    def run(
-        self, values: Sequence[Tensor], batch: Sequence[Tensor], *, keep: frozenset[int] | None = None
-    ) -> list[Any]:
-        """Every value, or with `keep` only those and the output: the others are let go after their last use."""
-        env = self.start(values, batch)
-        for node in self.nodes:
-            if node.dep:
-                node.run(env)
-            else:
-                with torch.no_grad():
-                    node.run(env)
-            if keep is not None:
-                for value in node.drop:
-                    if value not in keep:
-                        env[value] = None
-        return env
 
 
 def record(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Tape:
@@ -328,20 +214,6 @@ class Recorder(TorchFunctionMode):
         return env
 
 
-def trim(tape: Tape) -> Tape:
-    """The tape without the calls and constants that the output does not need."""
-    needed = {tape.output}
-    kept: list[Node] = []
-    for node in reversed(tape.nodes):
-        if needed.isdisjoint(node.makes):
-            continue
-        last = tuple(dict.fromkeys(v for v in (*node.needs, *node.makes) if v not in needed))
-        needed.update(node.needs)
-        kept.append(replace(node, drop=last))
-    constants = tuple((value, tensor) for value, tensor in tape.constants if value in needed)
-    return replace(tape, nodes=tuple(reversed(kept)), constants=constants)
-
-
 def call_name(func: Any) -> str:
     """The short name of what was called: of a property, the property's; of an operator overload, the operator's."""
     name = str(getattr(func, "__name__", type(func).__name__))
@@ -363,7 +235,7 @@ def _refuse(call: _Call) -> None:
     """
     if call.name in _MEDDLING:
         raise Untraceable(f"the model differentiates, or sets hooks or attributes of tensors, by itself ({call.name})")
-    if "autocast" in call.name:
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise Untraceable("the model switches autocast on")
     slices = [leaf for leaf in call.leaves if isinstance(leaf, slice)]
     if any(isinstance(part, Tensor) for leaf in slices for part in (leaf.start, leaf.stop, leaf.step)):

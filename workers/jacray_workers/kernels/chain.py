@@ -64,7 +64,8 @@ def refuse(problem: Problem) -> str:
     if len(dtypes) > 1 or problem.dtype not in AGREEMENT:
         got = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"it multiplies Jacobians in one precision, float32 or float64; got {got}"
-    return "" if problem.rows and sum(leaf.size for leaf in problem.leaves) else "there is nothing to differentiate"
+    empty = not problem.rows or not all(leaf.size for leaf in problem.leaves)
+    return "there is nothing to differentiate" if empty else ""
 
 
 def price(problem: Problem, batch: Sequence[Tensor]) -> ChainPlan | str:
@@ -98,7 +99,7 @@ def jacobian(
     prepared, run = _start(problem, batch, wanted)
     blocks = blocks_for(problem, size, len(wanted), into)
     targets = [
-        block.view(size, len(wanted), -1)
+        block.view(size, len(wanted), leaf.size)
         if block.is_contiguous() and block.dtype == problem.dtype
         else run.env[prepared.cuttings.tape.output].new_empty(size, len(wanted), leaf.size)
         for block, leaf in zip(blocks, problem.leaves, strict=True)
