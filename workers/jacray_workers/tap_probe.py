@@ -206,7 +206,7 @@ def _run(problem: Problem, batch: list[Tensor], shift: bool, make: Callable[[dic
     entry = enter(problem, batch, random)
     watch = make(entry.known)
     with watch:
-        problem.forward(entry.values, batch)
+        problem.forward(entry.values, entry.batch)
     return watch
 
 

@@ -28,6 +28,9 @@ Kwargs = Mapping[str, Any]
 _DUNDER_WRITES = {f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "pow", "floordiv", "mod")}
 
 
+_DIFFERENTIATES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """A parameter, or a tensor derived from parameters, as a tap's argument found it.
@@ -91,11 +94,13 @@ class Entry:
 
     Attributes:
         values: what `Problem.forward` is given for each leaf.
+        batch: private copies of the input leaves: the model may write into them, and taps keep them.
         leaves: the tensor that each leaf's derivative is taken at; all require gradients.
         known: which parameter leaf stands for a tensor, by the tensor's `id`.
     """
 
     values: list[Tensor]
+    batch: list[Tensor]
     leaves: list[Tensor]
     known: dict[int, Tensor]
 
@@ -112,16 +117,18 @@ def enter(problem: Problem, batch: Sequence[Tensor], shift: torch.Generator | No
     values: list[Tensor] = []
     leaves: list[Tensor] = []
     known: dict[int, Tensor] = {}
-    for leaf, value in zip(problem.leaves, problem.values(batch), strict=True):
+    hidden = any(leaf.side == "module" for leaf in problem.leaves)
+    before = problem.values([t.clone() for t in batch] if hidden else batch)
+    for leaf, value in zip(problem.leaves, before, strict=True):
         start = value if shift is None or leaf.side != "param" else shifted(value, shift)
         tensor = start.detach().requires_grad_()
         leaves.append(tensor)
-        # A model may write into its input; a leaf that requires a gradient forbids that, its clone does not.
+        # A leaf that requires a gradient cannot be written to, its clone can.
         values.append(tensor if leaf.side == "param" else tensor.clone())
         if leaf.side == "param":
             known[id(tensor)] = tensor
             known[id(own[leaf.name])] = tensor
-    return Entry(values, leaves, known)
+    return Entry(values, [t.clone() for t in batch], leaves, known)
 
 
 def shifted(t: Tensor, random: torch.Generator) -> Tensor:
@@ -182,6 +189,12 @@ def outputs(func: Callable[..., Any], args: Sequence[Any], result: Any) -> list[
     return [t for _, t in walk(result, {})] if isinstance(result, list | tuple) else []
 
 
+def _transformed() -> bool:
+    """Whether the call stands inside `torch.func`'s transforms or forward-mode differentiation of the model's own."""
+    inside: bool = torch._C._functorch.peek_interpreter_stack() is not None
+    return inside or torch.autograd.forward_ad._current_level >= 0
+
+
 class Watch(TorchFunctionMode):
     """Sees every call; hands those that touch a parameter to `touch`.
 
@@ -204,12 +217,16 @@ class Watch(TorchFunctionMode):
         """Called by torch in place of every function."""
         del types
         kwargs = kwargs or {}
+        if self.known and func in _DIFFERENTIATES:
+            raise defeat("the model differentiates within its forward pass, where parameters' uses cannot be seen")
         rewrite = self.rewrites.get(func)
         if rewrite is not None and torch.is_grad_enabled():
             made = rewrite(func, args, kwargs, self)
             if made is not NotImplemented:
                 return made
         touched = {path: self.known[id(t)] for path, t in walk(args, kwargs) if id(t) in self.known}
+        if touched and _transformed():
+            raise defeat("the model uses its parameters inside a function transform")
         result = self.touch(func, args, kwargs, touched) if touched else func(*args, **kwargs)
         self.seen(func, args, result)
         return result

@@ -23,7 +23,7 @@ from jacray_workers.errors import MethodError
 from jacray_workers.kernels.common import blocks_for, per_sample, spans
 from jacray_workers.problem import Leaf, Problem
 from jacray_workers.pullback import Point, pull
-from jacray_workers.tape import Pulled, Tape, pull_cotangents, pull_rows, record
+from jacray_workers.tap_record import Pulled, Tape, pull_cotangents, pull_rows, record
 
 CHUNKS_ITSELF = True
 Form = Literal["dense", "auto", "factors"]
@@ -31,7 +31,7 @@ Form = Literal["dense", "auto", "factors"]
 
 def refuse(problem: Problem) -> str:
     """Random models and compiled ones are refused; the rest shows in the running."""
-    if problem.random and any(leaf.side == "param" for leaf in problem.leaves):
+    if problem.random:
         return "the model draws random numbers, which differ between a batch and its samples"
     if any(isinstance(m, torch.jit.ScriptModule) for m in problem.module.modules()):
         return "the calls of a scripted module cannot be seen"
@@ -58,10 +58,12 @@ def jacobian(
             there are factors; with `auto` wherever these are smaller.
     """
     rows = range(problem.rows) if rows is None else rows
+    if not rows:
+        return blocks_for(problem, batch[0].shape[0], 0, into)
     tape = record(problem, batch)
     if into is not None or form == "dense":
         return _dense(tape, rows, blocks_for(problem, tape.size, len(rows), into), width)
-    return _factored(tape, batch, rows, width, form)
+    return _factored(tape, rows, width, form)
 
 
 def _dense(tape: Tape, rows: range, into: list[Tensor], width: int | None) -> list[Tensor]:
@@ -76,7 +78,7 @@ def _dense(tape: Tape, rows: range, into: list[Tensor], width: int | None) -> li
     return into
 
 
-def _factored(tape: Tape, batch: Sequence[Tensor], rows: range, width: int | None, form: Form) -> list[Tensor]:
+def _factored(tape: Tape, rows: range, width: int | None, form: Form) -> list[Tensor]:
     bands = [pull_rows(tape, span) for span in spans(rows, width)]
     found: list[Tensor] = []
     for i, leaf in enumerate(tape.problem.leaves):
@@ -84,7 +86,7 @@ def _factored(tape: Tape, batch: Sequence[Tensor], rows: range, width: int | Non
         if leaf.side != "param":
             found.append(torch.cat([g for g in grads if g is not None]).transpose(0, 1))
         else:
-            terms = [_own_memory(t, batch) for t in _all_rows([band.terms[i] for band in bands])]
+            terms = _all_rows([band.terms[i] for band in bands])
             found.append(_block(tape, leaf, terms, len(rows), form))
     return found
 
@@ -92,16 +94,6 @@ def _factored(tape: Tape, batch: Sequence[Tensor], rows: range, width: int | Non
 def _all_rows(bands: Sequence[list[Term]]) -> list[Term]:
     """The terms of all rows from those of bands of rows."""
     return [cat_terms(parts, axis=1) for parts in zip(*bands, strict=True)]
-
-
-def _own_memory(term: Term, batch: Sequence[Tensor]) -> Term:
-    """The term without a share in the caller's inputs, which may change under a block that is kept."""
-    held = {t.untyped_storage().data_ptr() for t in batch}
-
-    def own(part: Tensor) -> Tensor:
-        return part.clone() if part.untyped_storage().data_ptr() in held else part
-
-    return term.map(own)
 
 
 def _block(tape: Tape, leaf: Leaf, terms: list[Term], rows: int, form: Form) -> Tensor:
