@@ -14,6 +14,7 @@ from jacray_workers.engine import Prepared, prepare
 from jacray_workers.errors import JobError
 from jacray_workers.models import as_model
 from jacray_workers.request import Request, make_request
+from torch.utils import _pytree as pytree
 
 from jacray.coordinator import drive
 from jacray.executors import make_executor
@@ -95,7 +96,9 @@ class Client:
         ledger = Ledger(self._describe(), seconds={"plan": time.perf_counter() - began})
         began = time.perf_counter()
         ledger.job = uuid.uuid4().hex[:12]
-        task = self._executor.keep(ledger.job, Work(module, x, asked, plan))
+        # As tensors, whatever they were given as, in the structure that the model takes.
+        inputs = pytree.tree_unflatten(list(prepared.leaves), prepared.problem.call.spec)
+        task = self._executor.keep(ledger.job, Work(module, inputs, asked, plan))
         ledger.seconds["send"] = time.perf_counter() - began
         # What is left of the preparation only gives the results their structure.
         return self._launch(task, replace(prepared, leaves=(), cotangents=None, tangents=None), ledger)

@@ -87,9 +87,9 @@ def unpack(packed: Packed, *, in_place: bool = False) -> Any:
     return _Unpickler(io.BytesIO(packed.pickled), storages).load()
 
 
-def compact(value: Any) -> Any:
-    """The same pytree, with tensors that are small views of large storages replaced by copies."""
-    return pytree.tree_map_only(Tensor, _compact, value)
+def alone(value: Any) -> Any:
+    """The same pytree with every tensor cut off from its graph, and from a storage much larger than itself."""
+    return pytree.tree_map_only(Tensor, lambda tensor: _compact(tensor.detach()), value)
 
 
 def parameters_only(module: nn.Module) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import jacray
 import pytest
@@ -13,6 +14,11 @@ from jacray.events import JobDone, JobFailed, JobStarted, ShardDone
 from torch import nn
 
 from tests.toys import Gated, MineError, Raises, Scales, mlp
+
+
+def tree_model(t: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {"sum": t["a"].sum(-1) * t["b"][0], "pair": t["b"][1] ** 2}
+
 
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
 
@@ -181,6 +187,27 @@ def test_a_model_that_cannot_travel_is_refused(client: jacray.Client) -> None:
     model.lock = threading.Lock()
     with pytest.raises(jacray.ModelError, match="must be picklable"):
         client.submit(model, X)
+
+
+def test_inputs_may_be_arrays_views_and_parts_of_a_graph(client: jacray.Client) -> None:
+    expected = jacray.jacobian(mlp(), X[:4], method="reverse")
+    large = torch.zeros(100_000, 5)
+    large[10:14] = X[:4]
+    part_of_a_graph = X[:4].clone().requires_grad_() * 1
+    for x in (X[:4].numpy(), X[:4].tolist(), large[10:14], part_of_a_graph):
+        found = client.submit(mlp(), x, method="reverse").result(timeout=120).jacobian
+        torch.testing.assert_close(found, expected)
+        assert not found.requires_grad
+
+
+def test_inputs_may_be_trees(client: jacray.Client) -> None:
+    inputs = {"a": X, "b": (X[:, 0], X[:, 1:3])}
+    found = client.submit(tree_model, (inputs,), wrt="inputs").result(timeout=120).jacobian
+    here = jacray.jacobian(tree_model, (inputs,), wrt="inputs")
+    leaves = torch.utils._pytree.tree_leaves
+    assert len(leaves(found)) == 6
+    for one, other in zip(leaves(found), leaves(here), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_functions_made_on_the_spot_travel(client: jacray.Client) -> None:

@@ -23,7 +23,7 @@ def test_computing_here_loads_no_ray() -> None:
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("name", [n for n in jacray.__all__ if n != "load"])
+@pytest.mark.parametrize("name", jacray.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(jacray, name) is not None
     assert name in dir(jacray)

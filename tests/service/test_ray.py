@@ -91,8 +91,9 @@ def test_parameters_lie_in_shared_memory_and_nothing_else_does(local_client: jac
 
 def test_a_client_joins_the_ray_that_is_there(local_client: jacray.Client, one_worker: jacray.Client) -> None:
     local_client.submit(mlp(), X).result(timeout=120)
-    with jacray.Client("local", workers=1) as guest:
-        guest.submit(mlp(), X).result(timeout=120)
+    with jacray.Client("local", workers=1, cpus_per_worker=2) as guest:
+        receipt = guest.submit(mlp(), X).result(timeout=120).receipt
+    assert {shard["threads"] for shard in receipt["shards"]} == {2}
     assert local_client.submit(mlp(), X).result(timeout=120).plan.samples == 50
 
 

@@ -15,7 +15,7 @@ from jacray_workers.shard import ShardResult
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from jacray.transport import Packed, compact, pack, parameters_only
+from jacray.transport import Packed, alone, pack, parameters_only
 
 Into = Callable[[Shard], dict[str, Tensor]]
 """Gives the part of the job's arrays that a shard may write to directly, where memory is shared."""
@@ -79,7 +79,7 @@ class Work:
         Raises:
             ModelError: the model cannot be pickled.
         """
-        given = compact((self.inputs, self.request.weights, self.request.vectors))
+        given = alone((self.inputs, self.request.weights, self.request.vectors))
         inputs, weights, vectors = given
         request = self.request.model_copy(update={"weights": weights, "vectors": vectors})
         module = as_module(self.model)

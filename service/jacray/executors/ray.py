@@ -51,20 +51,16 @@ class RayExecutor:
         self._lock = threading.Lock()
         self._lease: _Lease | None = None
         self._pool: _Pool | None = None
+        self._closed = False
 
     def begin(self) -> None:
-        """Start Ray or connect to it, without waiting for it."""
-        with self._lock:
-            if self._lease is None:
-                self._lease = _Lease.take(self.address, self.workers)
+        """Start Ray and the workers without waiting for them. What goes wrong is raised by `keep`."""
 
-    def _start(self) -> None:
-        """Wait until Ray is there, and ask it for the workers, once."""
-        self.begin()
-        with self._lock:
-            if self._pool is None and self._lease is not None:
-                self._lease.wait()
-                self._pool = _Pool(self.workers, self._options(owned=self._lease.owned), self.threads)
+        def ahead() -> None:
+            with contextlib.suppress(Exception):
+                self._start()
+
+        threading.Thread(target=ahead, name="jacray-begin", daemon=True).start()
 
     def keep(self, job: str, work: Work) -> Task:
         """Put the work into the object store; each worker takes it from there once."""
@@ -92,12 +88,24 @@ class RayExecutor:
     def close(self) -> None:
         """End the workers; shut Ray down if it was started for this process and nobody else uses it."""
         with self._lock:
+            self._closed = True
             pool, self._pool = self._pool, None
             lease, self._lease = self._lease, None
         if pool is not None:
             pool.close()
         if lease is not None:
             lease.give_back()
+
+    def _start(self) -> None:
+        """Wait until Ray is there, and ask it for the workers, once."""
+        with self._lock:
+            if self._closed:
+                raise ShardError("the client is closed")
+            if self._lease is None:
+                self._lease = _Lease.take(self.address, self.workers)
+            self._lease.wait()
+            if self._pool is None:
+                self._pool = _Pool(self.workers, self._options(owned=self._lease.owned), self.threads)
 
     def _running(self) -> _Pool:
         if self._pool is None:
@@ -148,6 +156,7 @@ class _Pool:
         self._class = cast("Any", ray.remote)(concurrency_groups={"control": 1})(Worker)
         self._lock = threading.RLock()
         self._born = time.monotonic()
+        self._last_words = ""
         self._slots = [_Slot(place, *self._hire()) for place in range(workers)]
 
     def seats(self) -> Sequence[Seat]:
@@ -156,7 +165,7 @@ class _Pool:
             raise ShardError("Ray was shut down while a job ran")
         found = [slot.seat for slot in self._slots if slot.ready]
         if not found and all(slot.false_starts >= FALSE_STARTS for slot in self._slots):
-            raise ShardError("no worker could be started: each died before it answered. Ray's logs tell why")
+            raise ShardError(f"no worker could be started; the last one said: {self._last_words}")
         if not found and time.monotonic() - self._born > START_SECONDS:
             raise ShardError(
                 f"no worker could be started in {START_SECONDS:.0f} s: {len(self._slots)} were asked for with "
@@ -253,16 +262,17 @@ class _Pool:
         """Take note of a worker's first word, or of its death before it."""
         try:
             facts = ray.get(greeting)
-        except _LOST:
+        except rx.RayError as error:
             with self._lock:
-                if slot.greeting is greeting:
+                self._last_words = str(error).strip()
+                if slot.greeting == greeting:
                     slot.false_starts += 1
                     if self._hopeful(slot):
                         self._rehire(slot)
             return
         same_versions(facts["versions"])
         with self._lock:
-            if slot.greeting is greeting:
+            if slot.greeting == greeting:
                 slot.ready, slot.false_starts = True, 0
 
 
@@ -324,7 +334,10 @@ def _connect(address: str, workers: int) -> None:
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError) as error:
-        way_out = "start one with `ray start --head`, or leave the address at local"
+        way_out = (
+            "start one with `ray start --head`, or leave the address at local; if it asks for a token, "
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        )
         if "ray[client]" in str(error):
             way_out = "install Ray's client first: pip install 'ray[client]'"
         raise RequestError("address", "must lead to a running Ray cluster", address, way_out) from error
