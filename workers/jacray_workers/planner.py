@@ -13,8 +13,8 @@ from torch import Tensor
 
 from jacray_workers import memory, pricing, products, sizing, trial
 from jacray_workers.blocks import Block, DenseBlock
-from jacray_workers.errors import MethodError
-from jacray_workers.kernels import NAMES, pick
+from jacray_workers.errors import MethodError, ModelError, Plain
+from jacray_workers.kernels import NAMES, lacks, pick
 from jacray_workers.kernels.common import blocks_for
 from jacray_workers.ladder import Standing, stand
 from jacray_workers.plan import ArrayPlan, Candidate, Plan
@@ -82,6 +82,7 @@ def choose(
         batch = trial.first_samples(problem, leaves, min(leaves[0].shape[0], 2))
         standing = stand(problem, trial.first_samples(problem, leaves, min(leaves[0].shape[0], 4)))
         rows = _trial_rows(problem, work, budget)
+        _require_no_stray(problem, batch)
         case = Case(
             problem,
             leaves,
@@ -102,6 +103,17 @@ def choose(
         if not runners:
             raise _none_left(case, field)
         return _plan(case, field, min(runners, key=lambda tried: tried.candidate.seconds))
+
+
+def _require_no_stray(problem: Problem, batch: list[Tensor]) -> None:
+    found = trial.stray(problem, batch)
+    if found:
+        raise ModelError(
+            "model",
+            "must use a parameter through the module that owns it, but reads this one from elsewhere too",
+            Plain(found),
+            "keep it as an attribute or in an nn.ParameterList, not in a plain list, a dict or a closure",
+        )
 
 
 @dataclass(frozen=True)
@@ -196,13 +208,36 @@ def _try(case: Case, candidate: Candidate) -> Tried:
 
     def compare(_: Any) -> float:
         kept[:] = [run()]
+        _passes_beside(case, kernel, batch)
         return _disagreement(case, kept[0], known)
 
     refused = trial.admits(candidate.method, problem, known, compare)
     if refused:
         return Tried(dataclasses.replace(candidate, refused=refused))
+    try:
+        return _measured(case, candidate, batch, kept.pop())
+    except Exception as error:
+        # What the method did for these samples it may not do for more of them, or for other shapes of batch.
+        if memory.out_of_memory(error):
+            raise
+        return Tried(dataclasses.replace(candidate, refused=trial.why(error)))
+
+
+def _passes_beside(case: Case, kernel: Any, batch: list[Tensor]) -> None:
+    """Run the passes that a request for the Jacobian asks for besides, so that none of them fails in a shard."""
+    if case.work != "jacobian":
+        return
+    missing = lacks(kernel.__name__.rpartition(".")[2])
+    for name, work in (("weighted_gradient", "vjp"), ("jvp", "jvp")):
+        if name in case.request.returns and work not in missing:
+            _runner(dataclasses.replace(case, work=work, known=None), kernel, batch)()
+
+
+def _measured(case: Case, candidate: Candidate, batch: list[Tensor], blocks: list[Tensor]) -> Tried:
+    """What the method holds, at its peak and in its blocks, and how long it takes."""
+    problem, kernel = case.problem, pick(candidate.method)
+    run = _runner(case, kernel, batch)
     size = batch[0].shape[0]
-    blocks = kept.pop()
     factored = tuple(_kept_as_factors(b) for b in blocks) if _factors(case, kernel) else ()
     held = sum(b.nbytes_factored for b in blocks if isinstance(b, Block) and _kept_as_factors(b)) / size
     del blocks
@@ -265,12 +300,16 @@ def _factors(case: Case, kernel: Any) -> bool:
 
 
 def _disagreement(case: Case, found: list[Tensor], known: trial.Reference | None) -> float:
-    if known is None or case.work in ("jvp", "outputs"):
+    if known is None or case.work == "outputs":
         return 0.0
-    if case.work in ("vjp", "both"):
-        summed = found[-1].dim() == len(case.problem.leaves[-1].shape) + 1
-        return trial.vjp_disagreement(case.problem, found[-len(case.problem.leaves) :], known, summed)
-    return trial.disagreement(found, known)
+    if case.work == "jacobian":
+        return trial.disagreement(found, known)
+    pushed = trial.jvp_disagreement(found[0][0], known) if case.work in ("jvp", "both") else 0.0
+    if case.work == "jvp":
+        return pushed
+    summed = found[-1].dim() == len(case.problem.leaves[-1].shape) + 1
+    pulled = trial.vjp_disagreement(case.problem, found[-len(case.problem.leaves) :], known, summed)
+    return max(pushed, pulled)
 
 
 def _race(case: Case, kernel: Any, candidate: Candidate) -> float:
