@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from jacray_workers.problem import Problem
 
@@ -98,16 +98,20 @@ def once(work: Callable[[], Any], device: torch.device) -> float:
 
 
 class _Count(TorchDispatchMode):
-    """Counts operators and the bytes of what they make."""
+    """Counts operators, their arithmetic where torch has a formula for it, and the bytes of what they make."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.launches = 0
+        self.operations = 0
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.launches += 1
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.operations += formula(*args, **(kwargs or {}), out_val=result)
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and not func.is_view:
                 self.bytes += tensor.nbytes
@@ -117,11 +121,9 @@ class _Count(TorchDispatchMode):
 def forward_cost(problem: Problem, batch_of_one: Sequence[Tensor]) -> Forward:
     """Run the model once and count."""
     values = problem.values(batch_of_one)
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        problem.forward(values, batch_of_one)
     with torch.no_grad(), _Count() as count:
         problem.forward(values, batch_of_one)
-    return Forward(float(flops.get_total_flops()), float(count.bytes), float(count.launches))
+    return Forward(float(count.operations), float(count.bytes), float(count.launches))
 
 
 @dataclass(frozen=True)

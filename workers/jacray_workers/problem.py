@@ -134,6 +134,7 @@ class Problem:
         cast: the precision float inputs are cast to, or None to take them as they come.
         random: the model draws random numbers, so every pass starts from the same seed.
         writes: the model writes into what it is given, so every pass is given copies.
+        differentiates: the model takes derivatives itself, so gradients are on in every pass.
         notes: what a reader of the plan should know.
         memo: what kernels found out about the model's make-up and may use again in later calls. It outlives changes of
             the parameters' values, so nothing computed from them belongs here, and no reference to the module.
@@ -156,6 +157,7 @@ class Problem:
     cast: torch.dtype | None = None
     random: bool = False
     writes: bool = False
+    differentiates: bool = False
     notes: tuple[str, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -226,6 +228,10 @@ class Problem:
         ]
 
     def _call(self, swapped: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.differentiates and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                y = self._call(swapped, args, kwargs)
+            return pytree.tree_map_only(Tensor, Tensor.detach, y)
         if swapped:
             return torch.func.functional_call(self.module, swapped, args, kwargs)
         return self.module(*args, **kwargs)

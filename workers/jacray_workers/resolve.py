@@ -62,7 +62,8 @@ def resolve(model: Any, inputs: Any, request: Request) -> tuple[Problem, list[Te
     with problem.session():
         batch = [leaf.clone() for leaf in place(problem, [leaf[:1] for leaf in leaves])]
         before = torch.get_rng_state()
-        y = run_model(problem, batch)
+        y, differentiates = _first_run(problem, batch)
+        problem = replace(problem, differentiates=differentiates)
         random = request.training or not torch.equal(before, torch.get_rng_state())
         # From here on a model that writes into what it is given is given copies: the caller's tensors stay whole.
         problem = replace(problem, writes=_written(batch))
@@ -115,6 +116,17 @@ def run_model(problem: Problem, batch: Sequence[Tensor]) -> Any:
         raise
     except Exception as error:
         raise _does_not_run(problem, batch, error) from error
+
+
+def _first_run(problem: Problem, batch: Sequence[Tensor]) -> tuple[Any, bool]:
+    """What the model returns, and whether it needs gradients on, as one that takes derivatives itself does."""
+    with torch.no_grad():
+        try:
+            return run_model(problem, batch), False
+        except ModelError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
+    return run_model(problem, batch), True
 
 
 def _does_not_run(problem: Problem, batch: Sequence[Tensor], error: Exception) -> ModelError:

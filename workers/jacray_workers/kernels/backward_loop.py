@@ -7,11 +7,11 @@ batch of one. Parameters take one sample at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels.common import basis, blocks_for, per_sample
@@ -19,6 +19,10 @@ from jacray_workers.problem import Problem
 
 # Numbers in flight up to which a pass is all overhead: folding the rows into the batch then beats one pass per row.
 FOLDED = 1 << 17
+
+T = TypeVar("T")
+# `y`, values, cotangent, whether the graph is still needed -> one gradient per value.
+Pull = Callable[[Tensor, Sequence[Tensor], Tensor | None, bool], list[Tensor]]
 
 
 def refuse(problem: Problem) -> str:
@@ -50,11 +54,14 @@ def _loop(problem: Problem, batch: Sequence[Tensor], rows: range, blocks: Sequen
     if _launch_bound(problem, batch, len(rows)):
         _fold(problem, batch, rows, blocks)
         return
-    values, y = _graph(problem, batch)
-    for place, row in enumerate(rows):
-        grads = pull(y[:, row].sum(), values, None, keep=row != rows[-1])
-        for block, leaf, grad in zip(blocks, problem.leaves, grads, strict=True):
-            block[:, place] = grad if per_sample(leaf) else grad.unsqueeze(0)
+
+    def pull_rows(values: Sequence[Tensor], y: Tensor, pull: Pull) -> None:
+        for place, row in enumerate(rows):
+            grads = pull(y[:, row].sum(), values, None, row != rows[-1])
+            for block, leaf, grad in zip(blocks, problem.leaves, grads, strict=True):
+                block[:, place] = grad if per_sample(leaf) else grad.unsqueeze(0)
+
+    on_graph(problem, batch, pull_rows)
 
 
 def _launch_bound(problem: Problem, batch: Sequence[Tensor], rows: int) -> bool:
@@ -69,19 +76,61 @@ def _launch_bound(problem: Problem, batch: Sequence[Tensor], rows: int) -> bool:
 def _fold(problem: Problem, batch: Sequence[Tensor], rows: range, blocks: Sequence[Tensor]) -> None:
     """All rows in one backward: the batch is repeated once per row, and each copy pulls its own row back."""
     size, count = batch[0].shape[0], len(rows)
-    repeated = [leaf.repeat_interleave(count, dim=0) for leaf in batch]
-    values, y = _graph(problem, repeated)
-    cotangent = basis(rows, problem.rows, y).repeat(size, 1)
-    for block, grad in zip(blocks, pull(y, values, cotangent, keep=False), strict=True):
-        block.copy_(grad.reshape(block.shape))
+
+    def pull_copies(values: Sequence[Tensor], y: Tensor, pull: Pull) -> None:
+        cotangent = basis(rows, problem.rows, y).repeat(size, 1)
+        for block, grad in zip(blocks, pull(y, values, cotangent, False), strict=True):
+            block.copy_(grad.reshape(block.shape))
+
+    on_graph(problem, [leaf.repeat_interleave(count, dim=0) for leaf in batch], pull_copies)
 
 
-def _graph(problem: Problem, batch: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Fresh leaves that require gradients, and the outputs as a function of them."""
+def on_graph(problem: Problem, batch: Sequence[Tensor], use: Callable[[Sequence[Tensor], Tensor, Pull], T]) -> T:
+    """What `use` makes of fresh leaves that require gradients, of the outputs as a function of them, and of `pull`.
+
+    A checkpoint runs a part of the model again in the backward pass: the parameters' values must then still be in
+    place, and the old kind of checkpoint allows nothing but a whole backward.
+    """
     values = [value.detach().requires_grad_() for value in problem.values(batch)]
+    try:
+        return use(values, _outputs(problem, values, batch), pull)
+    except MethodError as error:
+        if "checkpoint" not in str(error):
+            raise
+    swapped = {leaf.name: v for leaf, v in zip(problem.leaves, values, strict=True) if leaf.side == "param"}
+    held = {f"module.{name}": tensor for name, tensor in {**problem.tensors, **swapped}.items()}
+
+    def work() -> T:
+        return use(values, _outputs(problem, values, batch), _pull_whole)
+
+    found: T = torch.func.functional_call(_Holder(problem.module), held, (work,))
+    return found
+
+
+class _Holder(nn.Module):
+    """Does some work while other tensors are in the place of a module's own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        """Do the work."""
+        return work()
+
+
+def _outputs(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Tensor:
     # A model may write into its input; a leaf that requires a gradient forbids that, a view's clone does not.
     handed = [value.clone() if per_sample(leaf) else value for leaf, value in zip(problem.leaves, values, strict=True)]
-    return values, problem.forward(handed, batch)
+    if all(per_sample(leaf) for leaf in problem.leaves):
+        return problem.forward(handed, batch)
+    # The old kind of checkpoint drops the parameters within it where no input requires a gradient.
+    awake = [leaf.detach().requires_grad_() if leaf.is_floating_point() else leaf for leaf in batch]
+    try:
+        return problem.forward(handed, awake)
+    except RuntimeError:
+        # Some models turn their inputs into numpy arrays, which asks for inputs that require none.
+        return problem.forward(handed, batch)
 
 
 def pull(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bool) -> list[Tensor]:
@@ -93,20 +142,35 @@ def pull(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bo
     if not y.requires_grad:
         return [torch.zeros_like(value) for value in values]
     try:
-        grads = torch.autograd.grad(y, values, cotangent, retain_graph=keep, allow_unused=True)
+        grads = torch.autograd.grad(y, values, cotangent, retain_graph=keep, allow_unused=True, materialize_grads=True)
     except RuntimeError as error:
         raise MethodError("method", f"backward failed: {error}", "backward_loop") from error
-    found = cast("tuple[Tensor | None, ...]", grads)
-    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, values, strict=True)]
+    return list(grads)
+
+
+def _pull_whole(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bool) -> list[Tensor]:
+    """The same by a backward to every leaf of the graph."""
+    if not y.requires_grad:
+        return [torch.zeros_like(value) for value in values]
+    for value in values:
+        value.grad = None
+    try:
+        torch.autograd.backward(y, cotangent, retain_graph=keep)
+    except RuntimeError as error:
+        raise MethodError("method", f"backward failed: {error}", "backward_loop") from error
+    return [torch.zeros_like(value) if value.grad is None else value.grad for value in values]
 
 
 def vjp(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sample_params: bool = True) -> list[Tensor]:
     """One backward per cotangent `(B, rows)`; one per sample too where parameters must stay per sample."""
     if per_sample_params and not all(per_sample(leaf) for leaf in problem.leaves):
         return _vjp_by_sample(problem, batch, cotangents)
-    values, y = _graph(problem, batch)
     last = len(cotangents) - 1
-    found = [pull(y, values, k.to(y.dtype), keep=i != last) for i, k in enumerate(cotangents)]
+
+    def pull_each(values: Sequence[Tensor], y: Tensor, pull: Pull) -> list[list[Tensor]]:
+        return [pull(y, values, k.to(y.dtype), i != last) for i, k in enumerate(cotangents)]
+
+    found = on_graph(problem, batch, pull_each)
     return [torch.stack(parts) for parts in zip(*found, strict=True)]
 
 
@@ -129,21 +193,28 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
             for i in range(batch[0].shape[0])
         ]
         return torch.cat(parts, dim=1)
-    values, y = _graph(problem, batch)
+    return on_graph(problem, batch, lambda values, y, _: _push(problem, values, y, tangents))
+
+
+def _push(problem: Problem, values: Sequence[Tensor], y: Tensor, tangents: Sequence[Tensor]) -> Tensor:
     if not y.requires_grad:
         return y.new_zeros(tangents[0].shape[0], *y.shape)
     probe = torch.zeros_like(y, requires_grad=True)
-    grads: tuple[Tensor | None, ...] = torch.autograd.grad(y, values, probe, create_graph=True, allow_unused=True)
-    pairs = [(i, g) for i, g in enumerate(grads) if g is not None and g.requires_grad]
-    pushed = []
-    for k in range(tangents[0].shape[0]):
-        heads = [g for _, g in pairs]
-        vs = [tangents[i][k] if per_sample(problem.leaves[i]) else tangents[i][k, 0] for i, _ in pairs]
-        pushed.append(
-            torch.autograd.grad(
-                heads, probe, [v.to(h.dtype) for v, h in zip(vs, heads, strict=True)], retain_graph=True
-            )[0]
-            if heads
-            else torch.zeros_like(y)
-        )
+    try:
+        grads = torch.autograd.grad(y, values, probe, create_graph=True, allow_unused=True, materialize_grads=True)
+        pairs = [(i, g) for i, g in enumerate(grads) if g.requires_grad]
+        pushed = [_push_one(problem, pairs, probe, [t[k] for t in tangents]) for k in range(tangents[0].shape[0])]
+    except RuntimeError as error:
+        raise MethodError("method", f"backward through the backward failed: {error}", "backward_loop") from error
     return torch.stack(pushed).detach()
+
+
+def _push_one(
+    problem: Problem, pairs: Sequence[tuple[int, Tensor]], probe: Tensor, tangent: Sequence[Tensor]
+) -> Tensor:
+    if not pairs:
+        return torch.zeros_like(probe)
+    heads = [g for _, g in pairs]
+    vs = [tangent[i] if per_sample(problem.leaves[i]) else tangent[i][0] for i, _ in pairs]
+    cast = [v.to(h.dtype) for v, h in zip(vs, heads, strict=True)]
+    return torch.autograd.grad(heads, probe, cast, retain_graph=True)[0]
