@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from jacray_workers.resolve import place, resolve
 from torch import Tensor, nn
 
 from tests import reference
+from tests.workers import layerwise_layers
 from tests.workers.layerwise_cases import CASES, Use, lin
 
 
@@ -38,7 +40,9 @@ def brute(model: nn.Module, x: Tensor, problem: Problem) -> list[Tensor]:
     """The reference's blocks in the order of the problem's leaves, with the rows flattened."""
     found = reference.jacobian(model, x, ["inputs", "params"] if x.is_floating_point() else "params")
     keys = [leaf.key if leaf.side == "input" else leaf.name for leaf in problem.leaves]
-    return [found[key].reshape(len(x), problem.rows, *leaf.shape) for key, leaf in zip(keys, problem.leaves, strict=True)]
+    return [
+        found[key].reshape(len(x), problem.rows, *leaf.shape) for key, leaf in zip(keys, problem.leaves, strict=True)
+    ]
 
 
 def off(found: Any, known: Any) -> float:
@@ -169,6 +173,19 @@ def test_keeps_copies_of_what_the_model_overwrites() -> None:
     assert off(found, brute(plain, x, problem)) < 1e-10
 
 
+def test_exported_modules() -> None:
+    torch.manual_seed(0)
+    eager, x = layerwise_layers.Residual().double().eval(), torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = ({0: torch.export.Dim("batch")},)
+        exported = torch.export.export(eager, (x[:2],), dynamic_shapes=shapes).module()
+    problem, batch = problem_of(exported, x)
+    with problem.session():
+        found = layerwise.jacobian(problem, batch)
+    assert off(found, brute(eager, x, problem)) < 1e-10
+
+
 def test_a_second_shape_is_probed_anew() -> None:
     model = Use(lambda s, x: s.l(x).sum(1), l=lin(4, 2)())
     problem, _ = problem_of(model, torch.randn(3, 5, 4))
@@ -191,9 +208,11 @@ def test_linear_models_have_their_matrix_as_jacobian() -> None:
     batch=st.integers(1, 4), length=st.integers(1, 3), widths=st.lists(st.integers(1, 4), min_size=2, max_size=4),
     order=st.sampled_from(["batch", "time", "folded", "folded time"]), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_any_shape_and_any_place_of_the_batch(batch: int, length: int, widths: list[int], order: str, seed: int) -> None:
+def test_any_shape_and_any_place_of_the_batch(
+    batch: int, length: int, widths: list[int], order: str, seed: int
+) -> None:
     torch.manual_seed(seed)
-    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.Tanh())]
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
 
     def run(s: Any, x: Tensor) -> Tensor:
         h = x.transpose(0, 1) if "time" in order else x

@@ -63,6 +63,8 @@ class Block(torch.Tensor):
         batch = terms[0].size[0] if terms else int(samples or 0)
         place = terms[0].cast_parts()[0].device if terms else torch.device(device)
         lead = () if single else (batch,)
+        # Kernels of some terms refuse axes of size zero, and there is nothing to add up.
+        terms = terms if batch and math.prod(out_shape) else ()
         self = torch.Tensor._make_wrapper_subclass(cls, (*lead, *out_shape, *param_shape), dtype=dtype, device=place)
         self.terms, self.single, self.samples = tuple(terms), single, batch
         self.out_shape, self.param_shape = tuple(out_shape), tuple(param_shape)
@@ -121,6 +123,9 @@ class Block(torch.Tensor):
     def __getitem__(self, index: Any) -> Tensor:
         """Slices and integers on samples and output axes stay factored; others make dense what they leave."""
         return blocks_index.take(self, index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError("a factored block cannot be written to; change block.dense() instead")
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
@@ -225,7 +230,8 @@ class Block(torch.Tensor):
     @staticmethod
     def cat(blocks: Sequence[Tensor]) -> Block:
         """One block from blocks of consecutive samples; dense where their terms differ in kind."""
-        parts = [b if isinstance(b, Block) else as_block(b, ()) for b in blocks]
+        every = [b if isinstance(b, Block) else as_block(b, ()) for b in blocks]
+        parts = [b for b in every if b.samples] or every[:1]
         first = parts[0]
         if len(parts) == 1:
             return first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -18,25 +17,7 @@ from jacray_workers.taps import Args, Func, Kwargs, Watch, another_path, enter, 
 
 W = TypeVar("W", bound=Watch)
 Kind = Literal["tap", "derive", "plain"]
-Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """What was learned about one problem and serves every later call.
-
-    Attributes:
-        problem: whose.
-        sites: by the shape of a sample, what each call that touches a parameter does with the batch.
-        trust: by the shape of the cotangents, whether pulling them all at once gave what one at a time gives.
-    """
-
-    problem: weakref.ref[Problem]
-    sites: dict[Key, tuple[Site, ...]]
-    trust: dict[Key, Trust]
-
-
-_CACHE: dict[int, Memory] = {}
+Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,30 +109,23 @@ def sites(problem: Problem, batch: Sequence[Tensor]) -> tuple[Site, ...]:
     Raises:
         MethodError: the samples cannot be followed through the model.
     """
-    found = memory(problem).sites
-    key = key_of(batch)
-    if key not in found:
-        found[key] = _probe(problem, batch)
-    return found[key]
+    key = ("sites", *_key(problem, batch))
+    if key not in problem.memo:
+        problem.memo[key] = _probe(problem, batch)
+    found: tuple[Site, ...] = problem.memo[key]
+    return found
 
 
 def trust(problem: Problem, batch: Sequence[Tensor]) -> Trust:
     """What is known about pulling many cotangents at once through this problem's graph."""
-    return memory(problem).trust.setdefault(key_of(batch), {})
+    found: Trust = problem.memo.setdefault(("trust", *_key(problem, batch)), {})
+    return found
 
 
-def key_of(batch: Sequence[Tensor]) -> Key:
-    """The shape of a sample."""
-    return tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in batch)
-
-
-def memory(problem: Problem) -> Memory:
-    """What was learned about a problem; forgotten with it."""
-    place = id(problem)
-    known = _CACHE.get(place)
-    if known is None or known.problem() is not problem:
-        known = _CACHE[place] = Memory(weakref.ref(problem, lambda _: _CACHE.pop(place, None)), {}, {})
-    return known
+def _key(problem: Problem, batch: Sequence[Tensor]) -> Key:
+    """What decides the calls that the model makes, but for values of its data; problems made of one share a memo."""
+    shapes = tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in batch)
+    return problem.leaves, problem.outs, problem.point, shapes
 
 
 def _probe(problem: Problem, batch: Sequence[Tensor]) -> tuple[Site, ...]:

@@ -83,7 +83,9 @@ def record(problem: Problem, batch: Sequence[Tensor]) -> Tape:
     _check_versions(taps)
     _check_nodes(problem, entry, nodes)
     _check_blind(problem, entry, [] if recorder is None else recorder.blind, [] if recorder is None else recorder.taps)
-    return Tape(problem, batch[0].shape[0], y, entry, taps, _tail(y, taps), trust(problem, batch))
+    # Copies stand outside the graph, so cotangents cannot start from them.
+    tail = None if recorder is not None and recorder.copies else _tail(y, taps)
+    return Tape(problem, batch[0].shape[0], y, entry, taps, tail, trust(problem, batch))
 
 
 def _run(problem: Problem, batch: Sequence[Tensor], *, copies: bool) -> tuple[Entry, Recorder | None, Tensor]:
