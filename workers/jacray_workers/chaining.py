@@ -162,13 +162,12 @@ def _tried(found: Cuttings, samples: int, values: Sequence[Tensor], batch: Seque
 def _obstacles(run: Run, best: Bracket) -> tuple[frozenset[tuple[int, int]], tuple[int, int] | None]:
     """The segments whose backward must go one vector at a time, and the first that cannot go forward."""
     loops: set[tuple[int, int]] = set()
-    for direction, through in passes(best):
-        check = vmap_gap if direction == "reverse" else adjoint_gap
-        if _holds(check, run, through):
+    for each in passes(run.cuttings, best):
+        if _holds(adjoint_gap if each.forward else vmap_gap, run, each.through):
             continue
-        if direction == "forward":
-            return frozenset(loops), through
-        loops.add(through)
+        if each.forward:
+            return frozenset(loops), each.through
+        loops.add(each.through)
     return frozenset(loops), None
 
 
@@ -190,47 +189,46 @@ def _kept(found: Cuttings, best: Bracket) -> frozenset[int]:
     """The values that carrying out the bracketing needs after the replay."""
     kept = {cut.value for cut in found.cuts} | {weight.value for weight in found.weights if weight is not None}
     kept.update(found.tape.leaves)
-    for direction, through in passes(best):
-        if direction == "forward":
-            needs = (value for node in found.between(*through) for value in node.needs)
+    for each in passes(found, best):
+        if each.forward:
+            needs = (value for node in found.between(*each.through) for value in node.needs)
             kept.update(value for value in needs if value not in found.tape.dep)
     return frozenset(kept)
 
 
 def _plan(found: Cuttings, best: Bracket, samples: int, loops: frozenset[tuple[int, int]]) -> ChainPlan:
+    launches, workspace = _passing(found, best, samples, loops)
     widths = found.chain.widths
-    used = sorted(
-        {
-            part.at
-            for part in best.walk()
-            if part.kind == "product" and widths[part.at] < min(widths[part.start], widths[part.stop])
-        }
-    )
-    nodes = len(found.tape.nodes)
-    launches = nodes
-    workspace = 0
-    for _, through in passes(best):
-        start, stop = through
-        vectors = found.chain.widths[stop]
-        each = vector_bytes(found, start, stop, samples)
-        chunks = vectors if through in loops else -(-vectors * each // WORKSPACE)
-        launches += 2 * len(found.between(start, stop)) * max(1, chunks)
-        workspace = max(workspace, min(vectors * each, max(WORKSPACE, each)))
-    inner = sum(
-        found.chain.widths[part.start] * found.chain.widths[part.stop]
-        for part in best.walk()
-        if part is not best and part.kind != "known"
-    )
-    peak = workspace + found.itemsize * samples * (inner + found.activations)
+    parts = [part for part in best.walk() if part is not best and part.kind != "known"]
+    inner = sum(widths[part.start] * widths[part.stop] for part in parts)
     return ChainPlan(
-        cuts=tuple(f"after {found.cuts[at].name} ({found.cuts[at].width:,} wide)" for at in used),
+        cuts=_bottlenecks(found, best),
         bracket=best,
         operations=best.cost * samples,
         pure_operations=brackets.pure(found.chain) * samples,
-        peak_bytes=peak,
+        peak_bytes=workspace + found.itemsize * samples * (inner + found.activations),
         launches=launches,
         text=describe(found, best),
     )
+
+
+def _passing(found: Cuttings, best: Bracket, samples: int, loops: frozenset[tuple[int, int]]) -> tuple[int, int]:
+    """Calls of operators, and bytes for the vectors in flight."""
+    launches, workspace = len(found.tape.nodes), 0
+    for each in passes(found, best):
+        one = vector_bytes(found, *each.through, samples)
+        chunks = each.vectors if each.through in loops else max(1, -(-each.vectors * one // WORKSPACE))
+        launches += 2 * len(found.between(*each.through)) * chunks
+        workspace = max(workspace, min(each.vectors * one, max(WORKSPACE, one)))
+    return launches, workspace
+
+
+def _bottlenecks(found: Cuttings, best: Bracket) -> tuple[str, ...]:
+    """The cuts at which two Jacobians are multiplied that are narrower than what they connect, as text."""
+    widths = found.chain.widths
+    products = [part for part in best.walk() if part.kind == "product"]
+    used = {part.at for part in products if widths[part.at] < min(widths[part.start], widths[part.stop])}
+    return tuple(f"after {found.cuts[at].name} ({widths[at]:,} wide)" for at in sorted(used))
 
 
 def describe(found: Cuttings, best: Bracket) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -279,11 +279,29 @@ _MAKERS: dict[str, Callable[[Run, Bracket, range, Matrices | None], Matrices]] =
 }
 
 
-def passes(bracket: Bracket) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The segments that vectors are taken through, with the direction."""
+@dataclass(frozen=True)
+class Pass:
+    """Vectors that are taken through a segment.
+
+    Attributes:
+        forward: tangents forward, rather than cotangents back.
+        through: the cuts between which they go.
+        vectors: how many.
+    """
+
+    forward: bool
+    through: tuple[int, int]
+    vectors: int
+
+
+def passes(cuttings: Cuttings, bracket: Bracket) -> list[Pass]:
+    """All that go through segments."""
+    found = []
     for part in bracket.walk():
         if part.passes:
-            yield ("forward" if part.kind in ("forward", "push") else "reverse"), part.through
+            forward = part.kind in ("forward", "push")
+            found.append(Pass(forward, part.through, cuttings.chain.widths[part.start if forward else part.stop]))
+    return found
 
 
 def vmap_gap(run: Run, through: tuple[int, int]) -> tuple[float, float]:
