@@ -36,7 +36,11 @@ class Key:
 
 def key_of(model: Any, inputs: Any, request: Request, workers: int) -> Key | None:
     """Everything that a preparation depends on, or None where that cannot be told or kept."""
-    function = _function_state(model)
+    try:
+        function = _function_state(model)
+    except RuntimeError:
+        # A parameter that was never initialised has no shape; the model is refused where it is resolved.
+        return None
     leaves, spec = pytree.tree_flatten(inputs)
     if function is None or not all(isinstance(leaf, Tensor) for leaf in leaves) or not leaves:
         return None

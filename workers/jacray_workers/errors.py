@@ -49,7 +49,8 @@ class UserError(JacrayError, ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from the four parts: the default rebuilds from the message alone and fails across processes."""
-        value = None if self.value is None else shorten(self.value)
+        # As a text that is shown without quotes, so that the message stays the same.
+        value = None if self.value is None else Plain(shorten(self.value))
         return type(self), (self.argument, self.rule, value, self.way_out)
 
 

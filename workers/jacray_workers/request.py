@@ -133,10 +133,11 @@ class Request(BaseModel):
     def _device_by_name(cls, value: Any) -> Any:
         return str(value) if type(value).__name__ == "device" else value
 
-    @field_validator("memory_budget")
+    @field_validator("memory_budget", mode="before")
     @classmethod
     def _budget_has_a_meaning(cls, value: Any) -> Any:
-        if value is not None:
+        # Before pydantic's own checks, which take True for 1.
+        if isinstance(value, int | float | str):
             budget_bytes(value, free=1 << 40)
         return value
 
