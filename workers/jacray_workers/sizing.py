@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jacray_workers.errors import BudgetError
+from jacray_workers.errors import BudgetError, Plain
 from jacray_workers.explain import size as show
 from jacray_workers.memory import Line
 from jacray_workers.plan import ArrayPlan
@@ -77,7 +77,7 @@ def refusal(needed: int, budget: int, samples: int) -> BudgetError:
     return BudgetError(
         "memory_budget",
         f"{samples} sample{'s' * (samples > 1)} at a time would take {show(needed)}, result included",
-        f"a budget of {show(budget)}",
-        "raise the budget, write the result to a store (a run with output.path), choose outputs or parameters, "
+        Plain(f"a budget of {show(budget)}"),
+        "raise the budget, choose fewer outputs or parameters, keep parameters in factors (form='auto'), "
         "or ask for a product (norms, gram, ntk, weighted_gradient) in place of the Jacobian",
     )
