@@ -1,4 +1,4 @@
-"""The same mistakes through every door: the function, a client, and a file. Each is told by argument, rule and value."""
+"""The same mistakes through every door, a function, a client and a file: told by argument, rule and value."""
 
 from __future__ import annotations
 
