@@ -56,7 +56,7 @@ class Reducer:
         self.problem, self.request, self.plan = prepared.problem, prepared.request, prepared.plan
         self.kernel: Any = pick(self.plan.method)
         self.piece = needs.piece(self.plan.budget_bytes)
-        self.scratch: list[Tensor] = []
+        self.scratch: dict[str, list[Tensor]] = {}
         self.by_blocks, self.by_passes = split(prepared)
         curved = {"ggn", "fisher"}.intersection(self.by_blocks + self.by_passes)
         self.wants_outputs = self.request.loss != "mse" and bool(curved)
@@ -171,7 +171,7 @@ class Reducer:
     def _banded(self, batch: Sequence[Tensor], bands: Sequence[range]) -> Iterator[tuple[range, list[Tensor]]]:
         """Blocks of a chunk, band by band, in memory that the next band uses again."""
         for rows in bands:
-            yield rows, self._compute(batch, rows, None if self.ntk is not None else self._memory(batch, rows))
+            yield rows, self._compute(batch, rows, self._memory("own", batch, rows))
 
     def _compute(self, batch: Sequence[Tensor], rows: range, into: list[Tensor] | None) -> list[Tensor]:
         """Blocks of these rows; where the method can, with no more of them in flight than planned."""
@@ -182,23 +182,25 @@ class Reducer:
             return list(kernel.jacobian(problem, batch, rows, into, plan.row_chunk))
         return list(kernel.jacobian(problem, batch, rows, into))
 
-    def _memory(self, batch: Sequence[Tensor], rows: range) -> list[Tensor] | None:
-        """Buffers that the last chunk used, since fresh memory costs more than the arithmetic.
+    def _memory(self, name: str, batch: Sequence[Tensor], rows: range) -> list[Tensor] | None:
+        """Buffers of this name that were used before, since fresh memory costs more than the arithmetic.
 
         None for a method that makes its own whatever it is given.
         """
         if self.plan.form != "dense" or self.plan.method not in WRITES:
             return None
         shapes = [(batch[0].shape[0], len(rows), *leaf.shape) for leaf in self.problem.leaves]
-        fits = [kept.numel() >= math.prod(shape) for kept, shape in zip(self.scratch, shapes, strict=False)]
+        held = self.scratch.get(name, [])
+        fits = [kept.numel() >= math.prod(shape) for kept, shape in zip(held, shapes, strict=False)]
         if not fits or not all(fits):
-            self.scratch = [block.flatten() for block in blocks_for(self.problem, shapes[0][0], len(rows), None)]
-        return [kept[: math.prod(shape)].view(shape) for kept, shape in zip(self.scratch, shapes, strict=True)]
+            held = [block.flatten() for block in blocks_for(self.problem, shapes[0][0], len(rows), None)]
+            self.scratch[name] = held
+        return [kept[: math.prod(shape)].view(shape) for kept, shape in zip(held, shapes, strict=True)]
 
     def _band(self, shard: Shard, pause: Callable[[], None]) -> Band:
         def compute(unit: Unit) -> list[Tensor]:
             batch = place(self.problem, [leaf[unit.start : unit.stop] for leaf in self.prepared.leaves])
-            return self._compute(batch, unit.rows, None)
+            return self._compute(batch, unit.rows, self._memory("other", batch, unit.rows))
 
         plan = self.plan
         view = self.buffers.view(self.buffers.arrays["ntk", -1, -1], shard.start, shard.stop)

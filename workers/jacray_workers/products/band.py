@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jacray_workers.plan import Shard
 from jacray_workers.products import pairs
-from jacray_workers.products.dense import bytes_of, pieces
+from jacray_workers.products.dense import bytes_of, factored, pieces, plain
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,53 @@ class Unit:
     start: int
     stop: int
     rows: range
+
+    def before(self, other: Unit) -> Unit | None:
+        """The samples before another unit's; all of them where the two are bands of rows of the same samples."""
+        stop = self.stop if self.stop == other.stop else min(self.stop, other.start)
+        return Unit(self.start, stop, self.rows) if stop > self.start else None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Blocks of a unit that are held.
+
+    Attributes:
+        unit: which.
+        blocks: by leaf.
+        stores: where dense blocks stand, with room for the samples that follow; empty for factored ones.
+    """
+
+    unit: Unit
+    blocks: Sequence[Tensor]
+    stores: Sequence[Tensor]
+
+    @staticmethod
+    def new(unit: Unit, blocks: Sequence[Tensor], room: int) -> Kept:
+        """Keep blocks; dense ones are copied to where `room` samples fit."""
+        if any(factored(block) for block in blocks):
+            return Kept(unit, [block if factored(block) else block.clone() for block in blocks], ())
+        dense = [plain(block) for block in blocks]
+        stores = [block.new_empty(room, *block.shape[1:]) for block in dense]
+        empty = Kept(Unit(unit.start, unit.start, unit.rows), [store[:0] for store in stores], stores)
+        return empty.with_more(unit, dense) or empty
+
+    def with_more(self, unit: Unit, blocks: Sequence[Tensor]) -> Kept | None:
+        """These blocks and those of the samples that follow; None where they do not follow or do not fit."""
+        follows = self.stores and self.unit.stop == unit.start and self.unit.rows == unit.rows
+        size = unit.stop - self.unit.start
+        if not follows or size > self.stores[0].shape[0] or any(factored(block) for block in blocks):
+            return None
+        for store, block in zip(self.stores, blocks, strict=True):
+            store[unit.start - self.unit.start : size] = plain(block)
+        return Kept(Unit(self.unit.start, unit.stop, unit.rows), [store[:size] for store in self.stores], self.stores)
+
+    def before(self, unit: Unit) -> Kept | None:
+        """What is kept of the samples before this unit's."""
+        left = self.unit.before(unit)
+        if left is None or left == self.unit:
+            return None if left is None else self
+        return Kept(left, [block[: left.stop - left.start] for block in self.blocks], self.stores)
 
 
 class Band:
@@ -56,39 +103,53 @@ class Band:
     ) -> None:
         self.out, self.shard, self.samples, self.chunk, self.bands = out, shard, samples, chunk, bands
         self.trace, self.limit, self.piece, self.compute, self.pause = trace, limit, piece, compute, pause
-        self.kept: list[tuple[Unit, Sequence[Tensor]]] = []
+        self.kept: list[Kept] = []
         self.earlier: list[Unit] = []
         if not bands:
             out.zero_()
 
     def add(self, unit: Unit, blocks: Sequence[Tensor]) -> None:
-        """Pair a unit with all that is kept, and keep it."""
-        # A chunk that ran out of memory comes again, smaller.
-        known = [*self.earlier, *(u for u, _ in self.kept)]
-        stale = {u for u in known if u.start >= unit.start and u.stop != unit.stop}
-        self.kept = [(u, b) for u, b in self.kept if u not in stale]
-        self.earlier = [u for u in self.earlier if u not in stale]
-        for other, others in [*self.kept, (unit, blocks)]:
-            self._put(other, others, unit, blocks)
-        self.kept.append((unit, blocks))
-        size = sum(bytes_of(block) for block in blocks)
-        if self._held() + size > self.limit:
+        """Pair a unit with all that is kept, and keep it. The blocks' memory is the caller's again afterwards."""
+        self._drop_from(unit)
+        for kept in self.kept:
+            self._put(kept.unit, kept.blocks, unit, blocks)
+        self._put(unit, blocks, unit, blocks)
+        self._keep(unit, blocks)
+        if self._held() + sum(bytes_of(block) for block in blocks) > self.limit:
             self._flush()
 
     def finish(self) -> None:
         """Pair what is still kept with the samples outside."""
         self._flush()
 
+    def _drop_from(self, unit: Unit) -> None:
+        """A chunk that ran out of memory comes again, smaller: forget its first coming."""
+        self.kept = [found for kept in self.kept if (found := kept.before(unit)) is not None]
+        self.earlier = [cut for u in self.earlier if (cut := u.before(unit)) is not None]
+
+    def _keep(self, unit: Unit, blocks: Sequence[Tensor]) -> None:
+        """Dense blocks of samples that follow each other stand in one tensor, so that few products are large ones."""
+        for i, kept in enumerate(self.kept):
+            longer = kept.with_more(unit, blocks)
+            if longer is not None:
+                self.kept[i] = longer
+                return
+        size = sum(bytes_of(block) for block in blocks) // (unit.stop - unit.start)
+        room = (self.limit - self._held()) // max(size, 1)
+        self.kept.append(Kept.new(unit, blocks, max(unit.stop - unit.start, min(room, self.shard.stop - unit.start))))
+
     def _held(self) -> int:
-        return sum(bytes_of(block) for _, blocks in self.kept for block in blocks)
+        return sum(bytes_of(block) for kept in self.kept for block in kept.blocks)
 
     def _flush(self) -> None:
         for unit in self._outside() if self.kept else ():
             self.pause()
             blocks = self.compute(unit)
-            for own, mine in self.kept:
-                self._put(own, mine, unit, blocks)
-        self.earlier += [unit for unit, _ in self.kept]
+            for kept in self.kept:
+                self._put(kept.unit, kept.blocks, unit, blocks)
+        for kept in self.kept:
+            first, last, rows = kept.unit.start, kept.unit.stop, kept.unit.rows
+            self.earlier += [Unit(at, min(at + self.chunk, last), rows) for at in range(first, last, self.chunk)]
         self.kept = []
 
     def _outside(self) -> Iterator[Unit]:
