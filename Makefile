@@ -20,7 +20,7 @@ USABLE := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))'
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format wheel clean
+.PHONY: help demo test test-all zoo regret lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +33,12 @@ test: lint  ## lint, format check, types, and all tests but the slow ones
 
 test-all: lint  ## the same with the slow tests
 	$(BIN)/pytest
+
+zoo: $(DEV)  ## every model of the zoo by every method, against brute force (about 20 minutes)
+	$(BIN)/python -m tests.zoo.table
+
+regret: $(DEV)  ## how far the planner's choice is from the best method, on the benchmark's nets
+	$(BIN)/python -m benchmarks.regret
 
 lint: $(DEV)  ## ruff's checks, ruff's format check, mypy
 	$(BIN)/ruff check .

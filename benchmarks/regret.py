@@ -1,4 +1,4 @@
-"""How much slower the planner's choice is than the best of our own methods, on every net: `make bench-regret`.
+"""How much slower the planner's choice is than the best of our own methods, on every net: `make regret`.
 
 Each method computes the whole batch in the same process under the same threads; after one call to warm up, calls
 alternate between the methods and the median of each is taken. A method that would take far longer than the best is
