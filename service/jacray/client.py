@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from jacray.coordinator import drive
 from jacray.executors import make_executor
-from jacray.executors.base import Executor, Task, Work
+from jacray.executors.base import Executor, Payload, Task
 from jacray.executors.threads import torch_threads
 from jacray.fields import AllFields
 from jacray.job import Job
@@ -65,10 +65,12 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            for job in list(self._jobs):
-                job.wait()
-        self.close()
+        try:
+            if kind is None:
+                for job in list(self._jobs):
+                    job.wait()
+        finally:  # also when Ctrl-C ends the waiting
+            self.close()
 
     def submit(self, model: Any, x: Any, *, request: Request | None = None, **fields: Unpack[AllFields]) -> Job:
         """Check, plan and start a job. Returns while it runs; the first job also waits for Ray to be up.
@@ -98,7 +100,7 @@ class Client:
         ledger.job = uuid.uuid4().hex[:12]
         # As tensors, whatever they were given as, in the structure that the model takes.
         inputs = pytree.tree_unflatten(list(prepared.leaves), prepared.problem.call.spec)
-        task = self._executor.keep(ledger.job, Work(module, inputs, asked, plan))
+        task = self._executor.keep(ledger.job, Payload(module, inputs, asked, plan))
         ledger.seconds["send"] = time.perf_counter() - began
         # What is left of the preparation only gives the results their structure.
         return self._launch(task, replace(prepared, leaves=(), cotangents=None, tangents=None), ledger)

@@ -54,6 +54,20 @@ def test_what_the_caller_changes_later_does_not_change_the_job(client: jacray.Cl
     torch.testing.assert_close(result.weighted_gradient, before.weighted_gradient)
 
 
+def test_the_callers_random_numbers_and_threads_are_left_alone(client: jacray.Client, tmp_path: Path) -> None:
+    gate, threads = tmp_path / "gate", torch.get_num_threads()
+    job = client.submit(Gated(gate), X, method="reverse")
+    assert isinstance(next(job.events()), JobStarted)
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    first = torch.rand(1)
+    gate.touch()
+    job.result(timeout=120)
+    assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
+    assert torch.get_num_threads() == threads
+
+
 def test_the_caller_may_change_the_results(client: jacray.Client) -> None:
     fields = {"returns": ["jacobian", "outputs", "gram", "mean_jacobian"], "method": "reverse"}
     result = client.submit(mlp(), X, **fields).result(timeout=120)

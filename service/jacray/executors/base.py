@@ -58,7 +58,7 @@ Step = Begun | Done | Retried
 
 
 @dataclass(frozen=True)
-class Work:
+class Payload:
     """Everything that computing a job's shards needs. What travels to a worker, once.
 
     Attributes:
@@ -85,7 +85,7 @@ class Work:
         module = as_module(self.model)
         read_only = [*parameters_only(module), *_tensors(given)]
         try:
-            return pack(Work(module, inputs, request, self.plan), read_only=read_only, copy=copy)
+            return pack(Payload(module, inputs, request, self.plan), read_only=read_only, copy=copy)
         except Exception as error:
             raise ModelError(
                 "model", f"must be picklable to travel to a worker, but raised {type(error).__name__}: {error}",
@@ -129,7 +129,7 @@ class Executor(Protocol):
     def begin(self) -> None:
         """Start to make ready, without waiting. Needs not be called."""
 
-    def keep(self, job: str, work: Work) -> Task:
+    def keep(self, job: str, payload: Payload) -> Task:
         """Take a snapshot of the work. Afterwards the caller may change the model and the inputs.
 
         Raises:

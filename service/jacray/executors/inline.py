@@ -5,18 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from jacray_workers.engine import Prepared, prepare, run_shard
+from jacray_workers.engine import prepare, run_shard
 from jacray_workers.errors import JacrayError
 from jacray_workers.plan import Shard
 from jacray_workers.shard import ShardResult
 
-from jacray.executors.base import Begun, Done, Into, Step, Task, Work, samples_of, was_cancelled
+from jacray.executors.base import Begun, Done, Into, Payload, Step, Task, samples_of, was_cancelled
 from jacray.executors.threads import torch_threads
 from jacray.transport import unpack
 
 
 class InlineExecutor:
-    """Computes in the calling thread. torch's threads and random state are the process's while a shard runs.
+    """Computes in the calling thread, which a client makes a thread of the job's own.
+
+    A model that draws random numbers draws them from torch's one generator, which it shares with the caller's other
+    threads: where these draw too while a job runs, a local Ray keeps the two apart.
 
     Args:
         workers: what a plan reckons with, so that the same job has the same plan on as many Ray workers.
@@ -34,18 +37,18 @@ class InlineExecutor:
     def begin(self) -> None:
         """Nothing to do."""
 
-    def keep(self, job: str, work: Work) -> Task:
-        """Copy the model and the inputs. Copied the way they travel to Ray, so both executors compute on the same."""
-        return Task(job, work.plan, work.pack(copy=True))
+    def keep(self, job: str, payload: Payload) -> Task:
+        """Copy the model and the inputs, the way they travel to Ray, so that both executors compute on the same."""
+        mine: Payload = unpack(payload.pack(copy=True), in_place=True)
+        # Here and not in the job's thread: to prepare is to watch whether the model draws random numbers.
+        with torch_threads(self.threads):
+            return Task(job, mine.plan, prepare(mine.model, mine.inputs, mine.request, plan=mine.plan))
 
     def run(self, task: Task, into: Into) -> Iterator[Step]:
         """Compute the shards in order."""
         yield Begun()
-        work: Work = unpack(task.held, in_place=True)
-        with self._turn, torch_threads(self.threads):
-            prepared = prepare(work.model, work.inputs, work.request, plan=work.plan)
         for shard in task.plan.shards():
-            yield Done(self._compute(task, prepared, shard, into), self.name)
+            yield Done(self._compute(task, shard, into), self.name)
 
     def cancel(self, task: Task) -> None:
         """End the task at the next chunk."""
@@ -58,12 +61,12 @@ class InlineExecutor:
     def close(self) -> None:
         """Nothing to do."""
 
-    def _compute(self, task: Task, prepared: Prepared, shard: Shard, into: Into) -> ShardResult:
+    def _compute(self, task: Task, shard: Shard, into: Into) -> ShardResult:
         with self._turn, torch_threads(self.threads):
             if task.cancelled.is_set():
                 raise was_cancelled(task)
             try:
-                return run_shard(prepared, shard, cancelled=task.cancelled.is_set, into=into(shard))
+                return run_shard(task.held, shard, cancelled=task.cancelled.is_set, into=into(shard))
             except Exception as error:
                 if task.cancelled.is_set():
                     raise was_cancelled(task) from None

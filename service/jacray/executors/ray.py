@@ -16,7 +16,7 @@ from jacray_workers.errors import RequestError, ShardError
 from jacray_workers.plan import Shard
 from ray import exceptions as rx
 
-from jacray.executors.base import Into, Step, Task, Work
+from jacray.executors.base import Into, Payload, Step, Task
 from jacray.executors.dispatch import Dispatch, Seat, WorkerLostError
 from jacray.executors.keeper import Keeper
 from jacray.executors.surroundings import environment, knock, same_versions, worker_environment
@@ -62,11 +62,11 @@ class RayExecutor:
 
         threading.Thread(target=ahead, name="jacray-begin", daemon=True).start()
 
-    def keep(self, job: str, work: Work) -> Task:
+    def keep(self, job: str, payload: Payload) -> Task:
         """Put the work into the object store; each worker takes it from there once."""
         self._start()
-        packed = work.pack(copy=False)
-        return Task(job, work.plan, ray.put(packed))
+        packed = payload.pack(copy=False)
+        return Task(job, payload.plan, ray.put(packed))
 
     def run(self, task: Task, into: Into) -> Iterator[Step]:
         """Compute the shards on whichever workers are free."""

@@ -14,7 +14,7 @@ from jacray_workers.errors import JobError, ModelError, ShardError
 from jacray_workers.plan import Shard
 from jacray_workers.shard import ShardResult
 
-from jacray.executors.base import Work
+from jacray.executors.base import Payload
 from jacray.transport import Packed, fingerprint, pack, unpack
 
 
@@ -126,13 +126,13 @@ def versions() -> dict[str, str]:
 def _prepare(known: _Open) -> Prepared:
     mark = fingerprint(known.packed)
     try:
-        work: Work = unpack(known.packed)
+        payload: Payload = unpack(known.packed)
     except Exception as error:
         raise ModelError(
             "model", f"must be importable on the workers, but raised {type(error).__name__}: {error}", None,
             "install the package that defines it there, or define it in the script itself",
         ) from error  # fmt: skip
-    known.prepared = prepare(work.model, work.inputs, work.request, plan=work.plan)
+    known.prepared = prepare(payload.model, payload.inputs, payload.request, plan=payload.plan)
     known.mark = mark
     return known.prepared
 
