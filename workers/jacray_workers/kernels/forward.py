@@ -68,8 +68,9 @@ def _push(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor], i
             found: Tensor = torch.func.jvp(function, (sample_values[index],), (v,))[1]
             return found
 
-        columns: Tensor = vmap(push, out_dims=1, randomness="same")(tangents)
-        return columns
+        # Not `out_dims=1`: torch then misplaces a result that depends on no tangent.
+        columns: Tensor = vmap(push, randomness="same")(tangents)
+        return columns.transpose(0, 1)
 
     dims = (leaf_dims(problem), (0,) * len(batch))
     with reverse.math_attention():

@@ -77,7 +77,9 @@ def vjp(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sampl
 
     dims = (leaf_dims(problem), (0,) * len(batch), 1)
     with math_attention():
-        return list(vmap(one, in_dims=dims, out_dims=1, randomness="same")(tuple(values), tuple(batch), cotangents))
+        found = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch), cotangents)
+    # Not `out_dims=1`: torch then misplaces a result that depends on no sample.
+    return [grad.transpose(0, 1) for grad in found]
 
 
 def _vjp_of_batch(problem: Problem, values: list[Tensor], batch: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
@@ -111,10 +113,9 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
         return pushed
 
     dims = (leaf_dims(problem), (0,) * len(batch), (1,) * len(problem.leaves))
-    mapped = vmap(one, in_dims=dims, out_dims=1, randomness="same")
     with math_attention():
-        found: Tensor = mapped(tuple(values), tuple(batch), tuple(tangents))
-    return found
+        found: Tensor = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch), tuple(tangents))
+    return found.transpose(0, 1)
 
 
 def math_attention() -> AbstractContextManager[None]:
