@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jacray_workers import kernels, memory
+from jacray_workers import kernels, memory, products
 from jacray_workers.engine import prepare, run_shard
 from jacray_workers.errors import BudgetError, JobError, RequestError
 from jacray_workers.products import krylov, pairs, spectrum
@@ -342,13 +342,13 @@ def test_sums_are_symmetric_to_the_bit_and_positive(name: str) -> None:
     assert torch.equal(known.matrix(answer.ggn), known.matrix(answer.fisher))
 
 
-def test_the_kernel_matrix_is_symmetric_to_the_bit_across_chunks() -> None:
+def test_the_kernel_matrix_is_symmetric_to_the_bit() -> None:
     model, x, wrt = case("params", torch.float32, samples=7)
-    found = compute(model, x, wrt=wrt, returns="ntk", chunk_size=2).ntk
-    for a in range(7):
-        for b in range(7):
-            if a // 2 != b // 2:
-                assert torch.equal(found[a, b], found[b, a].T)
+    for form in ("dense", "factors"):
+        found = compute(model, x, wrt=wrt, returns="ntk", chunk_size=2, form=form, method="layerwise").ntk
+        assert torch.equal(found, found.permute(1, 0, 3, 2))
+    found = compute(model, x, wrt=wrt, returns="ntk", chunk_size=2, ntk="trace").ntk
+    assert torch.equal(found, found.T)
 
 
 def test_a_confident_prediction_keeps_its_curvature() -> None:
@@ -498,8 +498,12 @@ def test_long_work_stops_when_the_job_is_cancelled() -> None:
         run_shard(tight, tight.plan.shard(0), cancelled=lambda: next(asked))
 
 
+@pytest.mark.parametrize("wide", [1, 4, 128])
 @pytest.mark.parametrize(("limit", "most"), [(1 << 30, 0), (3 * 480, 6), (0, 15)])
-def test_the_kernel_matrix_computes_few_blocks_again(limit: int, most: int) -> None:
+def test_the_kernel_matrix_computes_few_blocks_again(
+    limit: int, most: int, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products.band, "WIDE", wide)
     torch.manual_seed(0)
     blocks = torch.randn(6, 3, 20).double()
     out = torch.empty(6, 6, 3, 3).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from jacray_workers.plan import Shard
 from jacray_workers.products import pairs
 from jacray_workers.products.dense import bytes_of, factored, pieces, plain
+
+# Rows of dense blocks that are gathered before they are multiplied: each pass over what is held should serve many.
+WIDE = 128
 
 
 @dataclass(frozen=True)
@@ -34,20 +38,22 @@ class Kept:
         unit: which.
         blocks: by leaf.
         stores: where dense blocks stand, with room for the samples that follow; empty for factored ones.
+        paired: the samples before this one are paired with everything that is held.
     """
 
     unit: Unit
     blocks: Sequence[Tensor]
     stores: Sequence[Tensor]
+    paired: int
 
     @staticmethod
     def new(unit: Unit, blocks: Sequence[Tensor], room: int) -> Kept:
         """Keep blocks; dense ones are copied to where `room` samples fit."""
         if any(factored(block) for block in blocks):
-            return Kept(unit, [block if factored(block) else block.clone() for block in blocks], ())
+            return Kept(unit, [block if factored(block) else block.clone() for block in blocks], (), unit.start)
         dense = [plain(block) for block in blocks]
         stores = [block.new_empty(room, *block.shape[1:]) for block in dense]
-        empty = Kept(Unit(unit.start, unit.start, unit.rows), [store[:0] for store in stores], stores)
+        empty = Kept(Unit(unit.start, unit.start, unit.rows), [store[:0] for store in stores], stores, unit.start)
         return empty.with_more(unit, dense) or empty
 
     def with_more(self, unit: Unit, blocks: Sequence[Tensor]) -> Kept | None:
@@ -58,14 +64,32 @@ class Kept:
             return None
         for store, block in zip(self.stores, blocks, strict=True):
             store[unit.start - self.unit.start : size] = plain(block)
-        return Kept(Unit(self.unit.start, unit.stop, unit.rows), [store[:size] for store in self.stores], self.stores)
+        whole = Unit(self.unit.start, unit.stop, unit.rows)
+        return Kept(whole, [store[:size] for store in self.stores], self.stores, self.paired)
 
     def before(self, unit: Unit) -> Kept | None:
         """What is kept of the samples before this unit's."""
         left = self.unit.before(unit)
-        if left is None or left == self.unit:
-            return None if left is None else self
-        return Kept(left, [block[: left.stop - left.start] for block in self.blocks], self.stores)
+        return None if left is None else self.between(left.start, left.stop)
+
+    def between(self, start: int, stop: int) -> Kept:
+        """What is kept of these samples."""
+        if (start, stop) == (self.unit.start, self.unit.stop):
+            return self
+        part = slice(start - self.unit.start, stop - self.unit.start)
+        stores = self.stores if start == self.unit.start else ()
+        blocks = [block[part] for block in self.blocks]
+        return Kept(Unit(start, stop, self.unit.rows), blocks, stores, min(self.paired, stop))
+
+    @property
+    def old(self) -> Kept:
+        """The samples that are paired."""
+        return self.between(self.unit.start, self.paired)
+
+    @property
+    def fresh(self) -> Kept:
+        """The samples that are not."""
+        return self.between(self.paired, self.unit.stop)
 
 
 class Band:
@@ -109,12 +133,11 @@ class Band:
             out.zero_()
 
     def add(self, unit: Unit, blocks: Sequence[Tensor]) -> None:
-        """Pair a unit with all that is kept, and keep it. The blocks' memory is the caller's again afterwards."""
+        """Keep a unit, and pair it with all that is kept. The blocks' memory is the caller's again afterwards."""
         self._drop_from(unit)
-        for kept in self.kept:
-            self._put(kept.unit, kept.blocks, unit, blocks)
-        self._put(unit, blocks, unit, blocks)
-        self._keep(unit, blocks)
+        kept = self._keep(unit, blocks)
+        if not kept.stores or (kept.unit.stop - kept.paired) * len(unit.rows) >= WIDE:
+            self._pair()
         if self._held() + sum(bytes_of(block) for block in blocks) > self.limit:
             self._flush()
 
@@ -122,31 +145,48 @@ class Band:
         """Pair what is still kept with the samples outside."""
         self._flush()
 
+    def _pair(self) -> None:
+        """Pair what is fresh with all that is kept."""
+        for i, kept in enumerate(self.kept):
+            fresh = kept.fresh
+            if fresh.unit.stop == fresh.unit.start:
+                continue
+            # What stands behind is itself fresh in part, and meets this one when its turn comes.
+            for other in [*self.kept[:i], kept.old, *(later.old for later in self.kept[i + 1 :])]:
+                if other.unit.stop > other.unit.start:
+                    self._put(other, fresh)
+            self._put(fresh, fresh)
+        self.kept = [dataclasses.replace(kept, paired=kept.unit.stop) for kept in self.kept]
+
     def _drop_from(self, unit: Unit) -> None:
         """A chunk that ran out of memory comes again, smaller: forget its first coming."""
         self.kept = [found for kept in self.kept if (found := kept.before(unit)) is not None]
         self.earlier = [cut for u in self.earlier if (cut := u.before(unit)) is not None]
 
-    def _keep(self, unit: Unit, blocks: Sequence[Tensor]) -> None:
+    def _keep(self, unit: Unit, blocks: Sequence[Tensor]) -> Kept:
         """Dense blocks of samples that follow each other stand in one tensor, so that few products are large ones."""
         for i, kept in enumerate(self.kept):
             longer = kept.with_more(unit, blocks)
             if longer is not None:
                 self.kept[i] = longer
-                return
+                return longer
         size = sum(bytes_of(block) for block in blocks) // (unit.stop - unit.start)
-        room = (self.limit - self._held()) // max(size, 1)
-        self.kept.append(Kept.new(unit, blocks, max(unit.stop - unit.start, min(room, self.shard.stop - unit.start))))
+        taken = sum(bytes_of(block) for kept in self.kept for block in kept.stores or kept.blocks)
+        room = (self.limit - taken) // max(size, 1)
+        room = max(unit.stop - unit.start, min(room, self.shard.stop - unit.start))
+        self.kept.append(Kept.new(unit, blocks, room))
+        return self.kept[-1]
 
     def _held(self) -> int:
         return sum(bytes_of(block) for kept in self.kept for block in kept.blocks)
 
     def _flush(self) -> None:
+        self._pair()
         for unit in self._outside() if self.kept else ():
             self.pause()
-            blocks = self.compute(unit)
+            other = Kept(unit, self.compute(unit), (), unit.start)
             for kept in self.kept:
-                self._put(kept.unit, kept.blocks, unit, blocks)
+                self._put(kept, other)
         for kept in self.kept:
             first, last, rows = kept.unit.start, kept.unit.stop, kept.unit.rows
             self.earlier += [Unit(at, min(at + self.chunk, last), rows) for at in range(first, last, self.chunk)]
@@ -160,21 +200,26 @@ class Band:
                     yield Unit(start, min(start + self.chunk, high), rows)
         yield from self.earlier
 
-    def _put(self, a: Unit, mine: Sequence[Tensor], b: Unit, others: Sequence[Tensor]) -> None:
-        """Write the products of a, of this shard, with b, and their mirror image where b is of this shard too."""
+    def _put(self, mine: Kept, other: Kept) -> None:
+        """Write the products of samples of this shard with others, and the mirror image where those are of it too."""
+        a, b = mine.unit, other.unit
         if self.trace:
             if a.rows == b.rows:
-                self._put_trace(a, b, pairs.traces(mine, others))
+                self._put_trace(a, b, pairs.traces(mine.blocks, other.blocks))
             return
         each = (b.stop - b.start) * len(a.rows) * len(b.rows) * 16
         for piece in pieces(a.stop - a.start, each, self.piece):
             here = Unit(a.start + piece.start, a.start + piece.stop, a.rows)
-            found = pairs.products([block[piece] for block in mine], others)
+            found = pairs.products([block[piece] for block in mine.blocks], other.blocks)
             self._view(here, b).copy_(found)
             if self._inside(b) and a != b:
                 self._view(b, here).copy_(found.permute(1, 0, 3, 2))
+        if a == b:
+            square = self._view(a, a)
+            square.copy_((square + square.permute(1, 0, 3, 2)) / 2)
 
     def _put_trace(self, a: Unit, b: Unit, found: Tensor) -> None:
+        found = (found + found.T) / 2 if a == b else found
         here = self.out[self._own(a), b.start : b.stop]
         mirror = self.out[self._own(b), a.start : a.stop].T if self._inside(b) and a != b else None
         for target in (here, mirror):
