@@ -204,6 +204,11 @@ class Graph(nn.Module):
         return torch.zeros_like(x).scatter_add(1, index, x)
 
 
+def twice():
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
 APART = {
     "batch norm in eval": (images, torch.randn(4, 3, 6, 6), {}),
     "instance norm in training": (lambda: nn.InstanceNorm1d(2), torch.randn(4, 2, 6), {"training": True}),
@@ -216,6 +221,8 @@ APART = {
     "not finite": (lambda: lambda x: x / 0.0, torch.randn(4, 3), {}),
     "a constant": (lambda: torch.ones_like, torch.randn(4, 3), {}),
     "seven channels": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), nn.ReLU()), torch.randn(3, 3, 3), {}),
+    "single numbers": (lambda: torch.sin, torch.randn(4), {}),
+    "one module twice": (twice, torch.randn(4, 3), {"wrt": "params"}),
     "in place": (lambda: lambda x: x.mul_(2).exp(), torch.randn(4, 3), {}),
 }
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from jacray_workers import verify
+from jacray_workers import projection
 from jacray_workers.errors import VerificationError
 from jacray_workers.kernels import backward_loop
 from jacray_workers.reference import in_float64
@@ -13,6 +13,7 @@ from jacray_workers.request import make_request
 from jacray_workers.resolve import place, resolve
 from jacray_workers.verify import Computed, check_sample, check_sum, raise_if_failed
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 SAMPLES = 3
 
@@ -350,6 +351,95 @@ def test_a_model_that_cannot_be_cast_is_checked_in_its_own_precision():
             assert not all(c.passed for c in wrong)
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.last, self.reentrant = nn.Linear(4, 5), nn.Linear(5, 3), reentrant
+
+    def forward(self, x):
+        return self.last(checkpoint(lambda h: torch.tanh(self.first(h)), x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("wrt", ["inputs", "params"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_run_again_with_the_same_parameters(reentrant, wrt):
+    torch.manual_seed(0)
+    model = Checkpointed(reentrant)
+    plain = nn.Sequential(model.first, nn.Tanh(), model.last)
+    problem, batch = job(model, torch.randn(2, 4), wrt=wrt)
+    twin, _ = job(plain, batch[0], wrt=wrt)
+    with twin.session():
+        right = jacobians(twin, batch)[0]
+    with problem.session():
+        checks = check(problem, batch, 0, jacobian=right)
+        raise_if_failed(checks)
+        assert "float64" in checks[0].what
+        assert not all(c.passed for c in check(problem, batch, 0, jacobian=flip_one_sign(right)))
+
+
+def test_one_module_under_several_names_is_left_as_it_was():
+    layer = nn.Linear(5, 5)
+    problem, batch = job(nn.Sequential(layer, nn.Tanh(), layer), torch.randn(2, 5), wrt="params")
+    with problem.session():
+        before = layer.weight
+        raise_if_failed(check(problem, batch, 0, jacobian=jacobians(problem, [batch[0][:1]])[0]))
+        assert layer.weight.dtype == torch.float32
+        assert torch.equal(layer.weight, before)
+
+
+class SingleBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        if g.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return g * x.cos()
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx, x):
+        return x.sin()
+
+    @staticmethod
+    def backward(_ctx, *_g):
+        raise NotImplementedError("no backward here")
+
+
+def test_a_backward_that_insists_on_its_precision():
+    problem, batch = job(SingleBackward.apply, torch.randn(1, 4))
+    with problem.session():
+        right = [torch.diag(batch[0][0].cos())]
+        checks = check(problem, batch, 0, jacobian=right)
+        raise_if_failed(checks)
+        assert "does not run in float64" in checks[0].note
+        assert not all(c.passed for c in check(problem, batch, 0, jacobian=flip_one_sign(right)))
+
+
+def test_without_any_backward_the_slope_alone_decides():
+    problem, batch = job(NoBackward.apply, torch.randn(1, 4))
+    with problem.session():
+        right = [torch.diag(batch[0][0].cos())]
+        checks = check(problem, batch, 0, jacobian=right)
+        raise_if_failed(checks)
+        assert "left out" in checks[0].note
+        assert not all(c.passed for c in check(problem, batch, 0, jacobian=flip_one_sign(right)))
+
+
+def test_samples_that_are_single_numbers():
+    problem, batch = job(lambda a, b: (a * b).sin(), (torch.randn(3), torch.randn(3)))
+    with problem.session():
+        for i, blocks in enumerate(jacobians(problem, batch)):
+            raise_if_failed(check(problem, batch, i, jacobian=blocks))
+            assert not all(c.passed for c in check(problem, batch, i, jacobian=double(blocks)))
+
+
 def test_a_straight_through_backward_is_said_and_does_not_fail():
     problem, batch = job(lambda x: StraightThrough.apply(3 * x).cumsum(-1), torch.randn(2, 4))
     with problem.session():
@@ -469,7 +559,7 @@ def test_tokens_and_several_leaves_and_outputs():
 @pytest.mark.parametrize("limit", [0, 1 << 25])
 def test_factored_blocks(limit, monkeypatch):
     blocks = pytest.importorskip("jacray_workers.blocks")
-    monkeypatch.setattr(verify, "FACTORED", limit)
+    monkeypatch.setattr(projection, "FACTORED", limit)
     problem, batch = entry("mlp tanh", "float32", "params")
     with problem.session():
         for i, right in enumerate(jacobians(problem, batch)):

@@ -21,6 +21,8 @@ BEYOND = 5.0
 JITTERS = 4
 ROUNDS = 5
 
+Reference = Callable[[Point], Sequence[Tensor]]
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -82,9 +84,7 @@ class Oracle:
             yield [self.plain.jittered(self.unit, self.seed + start + i) for i in range(JITTERS)]
 
 
-def compare(
-    oracle: Oracle, got: Sequence[Tensor], scale: Sequence[Tensor], reference: Callable[[Point], Sequence[Tensor]]
-) -> Verdict:
+def compare(oracle: Oracle, got: Sequence[Tensor], scale: Sequence[Tensor], reference: Reference) -> Verdict:
     """Compare tensors with what `reference` gives at the oracle's sample.
 
     A result beyond the plain tolerance is not yet wrong: the model may amplify rounding, or stand at a kink that

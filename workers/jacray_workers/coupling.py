@@ -64,8 +64,8 @@ def blame_derivatives(probe: Probe, sample: int) -> Blame:
     try:
         calls, y = _record(probe, probe.batch, lambda t: t, values)
         tensors = [t for call in calls for t in (*call.inputs, *call.outputs) if t.requires_grad]
-        total = (probe.u.to(y) * y[sample]).sum()
-        grads = dict(zip(map(id, tensors), torch.autograd.grad(total, tensors, allow_unused=True), strict=True))
+        found = torch.autograd.grad(probe.number(y, sample), tensors, allow_unused=True)
+        grads = dict(zip(map(id, tensors), found, strict=True))
     except RuntimeError:
         return _unclear(probe)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from jacray_workers.holding import gradients, held
 from jacray_workers.problem import Leaf, Problem
 from jacray_workers.reference import generator, normal, own, shielded
 from jacray_workers.session import seed_generators
@@ -63,8 +65,13 @@ class Probe:
         Raises:
             NotABatchError: an output does not have the batch as its first axis.
         """
-        size = batch[0].shape[0]
         values = self.values(batch) if values is None else values
+        with held(self.problem, values):
+            return self.forward(values, batch)
+
+    def forward(self, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Tensor:
+        """The same, with the parameters' values already in place."""
+        size = batch[0].shape[0]
         for leaf, value in zip(self.problem.leaves, values, strict=True):
             if own(leaf) and value.shape[0] != size:
                 raise NotABatchError(f"for a batch of {size} the point {leaf.key} has the shape {tuple(value.shape)}")
@@ -81,20 +88,18 @@ class Probe:
         """The leaves' values."""
         if self.problem.random:
             seed_generators(self.problem.seed)
-        return self.problem.values([leaf.clone() for leaf in batch])
+        with held(self.problem, ()):
+            return self.problem.values([leaf.clone() for leaf in batch])
 
     def gradients(self, batch: Sequence[Tensor], samples: Sequence[int]) -> list[list[Tensor]]:
         """For each of the samples, the gradient of its randomly weighted outputs wrt every leaf."""
         values = [value.detach().requires_grad_() for value in self.values(batch)]
-        y = self.rows(batch, values)
-        found = []
-        for i in samples:
-            grads: Sequence[Tensor | None] = [None] * len(values)
-            if y.requires_grad:
-                total = (self.u.to(y) * y[i]).sum()
-                grads = torch.autograd.grad(total, values, retain_graph=i != samples[-1], allow_unused=True)
-            found.append([torch.zeros_like(v) if g is None else g for g, v in zip(grads, values, strict=True)])
-        return found
+        heads = [functools.partial(self.number, sample=i) for i in samples]
+        return gradients(self.problem, self.forward, values, batch, heads)
+
+    def number(self, y: Tensor, sample: int) -> Tensor:
+        """One sample's randomly weighted outputs."""
+        return (self.u.to(y) * y[sample]).sum()
 
     def poisoned(self, victim: int) -> tuple[list[Tensor], Tensor] | None:
         """The batch with one sample replaced, and its outputs; None where no replacement agrees with the model.
@@ -223,7 +228,7 @@ def _derivatives(probe: Probe) -> tuple[float, int, float, list[str]]:
 
 def _share_of_others(grad: Tensor, i: int) -> float:
     # A cotangent of zero times an infinite slope is NaN, and says nothing about coupling.
-    size = torch.nan_to_num(grad.double().abs(), nan=0.0, posinf=0.0).flatten(1)
+    size = torch.nan_to_num(grad.double().abs(), nan=0.0, posinf=0.0).reshape(grad.shape[0], -1)
     if not size.numel():
         return 0.0
     others = size.clone()
@@ -274,7 +279,9 @@ def written_buffers(problem: Problem, batch: Sequence[Tensor]) -> list[str]:
     try:
         with torch.no_grad():
             fresh = [leaf.clone() for leaf in batch]
-            guarded.call_model(guarded.values(fresh), fresh)
+            values = guarded.values(fresh)
+            with held(guarded, values):
+                guarded.call_model(values, fresh)
     finally:
         handle.remove()
     return sorted(swapped | {name for name, version in before.items() if guarded.tensors[name]._version != version})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from jacray_workers.holding import gradients, held
 from jacray_workers.problem import Leaf, Problem
 from jacray_workers.session import seed_generators
 
@@ -83,26 +84,30 @@ class Point:
         # Hidden points are read by a pass of the model, which must draw what every other pass draws.
         if self.problem.random:
             seed_generators(self.problem.seed)
-        found = self.problem.values(self._inputs())
+        with held(self.problem, ()):
+            found = self.problem.values(self._inputs())
         return [v.clone() if own(leaf) else v for leaf, v in zip(self.problem.leaves, found, strict=True)]
 
     def rows(self, values: Sequence[Tensor]) -> Tensor:
         """The sample's outputs `(rows,)` with the leaves at these values."""
-        with plain_kernels():
-            handed = [v.clone() if own(leaf) else v for leaf, v in zip(self.problem.leaves, values, strict=True)]
-            return self.problem.forward(handed, self._inputs())[self.position]
+        with plain_kernels(), held(self.problem, values):
+            return self._forward(values, self.batch)[self.position]
 
     def pull(self, cotangent: Tensor) -> list[Tensor]:
         """The cotangent `(rows,)` pulled back to each leaf: `(*leaf)`."""
         values = [value.detach().requires_grad_() for value in self.values()]
-        y = self.rows(values)
-        if not y.requires_grad:
-            return [self.at(leaf, torch.zeros_like(v)) for leaf, v in zip(self.problem.leaves, values, strict=True)]
+
+        def head(y: Tensor) -> Tensor:
+            return (cotangent.to(y) * y[self.position]).sum()
+
         with plain_kernels():
-            grads = torch.autograd.grad(y, values, cotangent.to(y), allow_unused=True)
-        pairs: Iterable[tuple[Tensor | None, Tensor]] = zip(grads, values, strict=True)
-        full = [torch.zeros_like(v) if g is None else g for g, v in pairs]
-        return [self.at(leaf, g) for leaf, g in zip(self.problem.leaves, full, strict=True)]
+            (grads,) = gradients(self.problem, self._forward, values, self.batch, [head])
+        return [self.at(leaf, g) for leaf, g in zip(self.problem.leaves, grads, strict=True)]
+
+    def _forward(self, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Tensor:
+        """The outputs of the whole batch, for a model that may write into what it is given."""
+        handed = [v.clone() if own(leaf) else v for leaf, v in zip(self.problem.leaves, values, strict=True)]
+        return self.problem.forward(handed, [leaf.clone() for leaf in batch])
 
     def moved(self, values: Sequence[Tensor], direction: Sequence[Tensor], step: float) -> Tensor:
         """The sample's outputs, in float64, after a step along a direction `(*leaf)` of every leaf."""
