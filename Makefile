@@ -29,10 +29,12 @@ demo: $(RUNTIME)  ## compute Jacobians of the digits classifier on a local Ray
 	$(BIN)/jacray run configs/digits.yaml
 
 test: lint  ## lint, format check, types, and all tests but the slow ones
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not ray" -n auto
+	$(BIN)/pytest -m "not slow and ray"
 
 test-all: lint  ## the same with the slow tests
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not ray" -n auto
+	$(BIN)/pytest -m ray
 
 zoo: $(DEV)  ## every model of the zoo by every method, against brute force (about 20 minutes)
 	$(BIN)/python -m tests.zoo.table

@@ -39,7 +39,7 @@ def session(module: nn.Module, *, training: bool, tf32: bool, seed: int | None) 
         stack.enter_context(lock_of(module))
         stack.enter_context(_kept_attributes(module))
         stack.enter_context(_kept_requires_grad(module))
-        stack.enter_context(_fast_path_off())
+        stack.enter_context(_FAST_PATH_OFF)
         stack.enter_context(_tf32(tf32))
         stack.enter_context(_NO_FALLBACK_WARNINGS)
         if seed is not None:
@@ -134,15 +134,31 @@ def _kept_requires_grad(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-@contextlib.contextmanager
-def _fast_path_off() -> Iterator[None]:
-    """The fused encoder layer records no gradient, and its check for one looks at parameters we have detached."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+class _FastPathOff(contextlib.AbstractContextManager[None]):
+    """The fused encoder layer records no gradient, and its check for one looks at parameters we have detached.
+
+    The flag is one for the whole process: the first session of several threads takes it, the last one gives it back.
+    """
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._before = True
+
+    def __enter__(self) -> None:
+        with _GUARD:
+            if self._open == 0:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._open += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with _GUARD:
+            self._open -= 1
+            if self._open == 0:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_FAST_PATH_OFF = _FastPathOff()
 
 
 @contextlib.contextmanager
