@@ -247,3 +247,19 @@ def test_any_convolution(
     with problem.session():
         for form in ("dense", "factors"):
             assert off(layerwise.jacobian(problem, placed, form=form), known) < 1e-10
+
+
+def test_positions_that_the_output_does_not_read_are_not_kept() -> None:
+    torch.manual_seed(0)
+    model = Use(lambda s, x: s.o(s.l(x).tanh()[:, 3]), l=nn.Linear(16, 5), o=nn.Linear(5, 2))
+    x = torch.randn(3, 9, 16)
+    problem, batch = problem_of(model, x)
+    with problem.session():
+        weight, *_ = found = layerwise.jacobian(problem, batch, form="factors")
+        assert weight.factors()["0.a"].shape == (3, 1, 16)
+        assert off(found, brute(model, x, problem)) < 1e-10
+        # Zero times NaN is NaN in plain autograd too, and must not be dropped.
+        batch[0][1, 2] = float("nan")
+        spoiled = layerwise.jacobian(problem, batch)[0]
+    assert spoiled[1].isnan().any()
+    assert spoiled[[0, 2]].isfinite().all()

@@ -41,7 +41,9 @@ def _write_single(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
 def _write_rows(out: Tensor, acts: Tensor, cots: Tensor, add: bool) -> None:
     """`out` `(B, R, O, I)`: rows and output features go through one matrix product per sample."""
     if out.shape[1] == 1 or out.stride(1) == out.shape[2] * out.stride(2):
-        left = cots.mT.flatten(1, 2)
+        # Copied so that runs of memory stay together, whichever of positions and features lies innermost.
+        rows_last = cots.stride(-1) == 1
+        left = cots.transpose(1, 2).flatten(2).mT if rows_last else cots.mT.flatten(1, 2)
         _write_bmm(out.flatten(1, 2), left, acts, add)
         return
     for r in range(out.shape[1]):

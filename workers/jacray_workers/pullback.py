@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.predispatch import lazy_load_decompositions
+from torch._functorch.vmap import vmap_increment_nesting
 from torch.autograd.graph import Node
 
 from jacray_workers.memory import out_of_memory
+
+# The two steps that torch.func.vmap is made of; not among torch's public names, the same since 2.0.
+functorch: Any = torch._C._functorch
 
 Trust = dict[tuple[int, ...], bool]
 
@@ -92,14 +96,18 @@ def near(a: Tensor, b: Tensor, parts: Tensor) -> bool:
 
 
 def _together(start: Tensor, points: Sequence[Point], vs: Tensor) -> list[Tensor]:
-    def one(v: Tensor) -> tuple[Tensor, ...]:
+    """What `torch.func.vmap` around a backward does, less the handling of pytrees, which costs small models dear."""
+    count = vs.shape[0]
+    lazy_load_decompositions()
+    with vmap_increment_nesting(count, "error") as level:
+        v = functorch._add_batch_dim(vs, 0, level)
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             start, [p.at for p in points], v, retain_graph=True, allow_unused=True
         )
-        return tuple(p.zeros() if g is None else g for p, g in zip(points, grads, strict=True))
-
-    with quiet_vmap():
-        return list(torch.func.vmap(one)(vs))
+        return [
+            p.zeros(count) if g is None else functorch._remove_batch_dim(g, level, count, 0)
+            for p, g in zip(points, grads, strict=True)
+        ]
 
 
 def _loop(start: Tensor, points: Sequence[Point], vs: Tensor) -> list[Tensor]:
@@ -116,18 +124,6 @@ def _loop(start: Tensor, points: Sequence[Point], vs: Tensor) -> list[Tensor]:
         for target, g in zip(found, filled, strict=True):
             target[i] = g
     return found or [p.zeros(0) for p in points]
-
-
-@contextlib.contextmanager
-def quiet_vmap() -> Iterator[None]:
-    """No warning where an operator has no batching rule and runs in a loop inside `vmap`."""
-    state: Any = torch._C._functorch
-    before = state._is_vmap_fallback_warning_enabled() if hasattr(state, "_is_vmap_fallback_warning_enabled") else True
-    state._set_vmap_fallback_warning_enabled(False)
-    try:
-        yield
-    finally:
-        state._set_vmap_fallback_warning_enabled(before)
 
 
 def nodes_from(root: Node | None) -> set[Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,11 @@ from jacray_workers.pullback import Point, Trust, nodes_from, pull
 from jacray_workers.rules.linear import LINEAR
 from jacray_workers.tap_probe import sites, trust
 from jacray_workers.tap_sites import OUT, Axis, defeat
-from jacray_workers.taps import Entry, Recorder, Source, Tap, Watch, enter, name_of
+from jacray_workers.taps import Entry, Recorder, Source, Tap, Watch, enter, name_of, walk
 
 LIMIT = 1 << 24
+# Where the notes on pulling cotangents say that no call of the model is rewritten.
+PLAIN = (-1,)
 _VIEWS = ("View", "ReshapeAlias", "UnsafeView", "Alias", "Squeeze", "Unsqueeze")
 
 
@@ -73,25 +76,39 @@ def record(problem: Problem, batch: Sequence[Tensor]) -> Tape:
     Raises:
         MethodError: a use of a parameter cannot be followed.
     """
+    if not any(leaf.side == "param" for leaf in problem.leaves):
+        return _record_data(problem, batch)
     with _Explained():
         entry, recorder, y = _run(problem, batch, copies=False)
-        if recorder is not None and any(t._version != v for tap in recorder.taps for t, v in tap.used):
+        if any(t._version != v for tap in recorder.taps for t, v in tap.used):
             # The model overwrote what a tap needs: once more, with copies.
             entry, recorder, y = _run(problem, batch, copies=True)
     nodes = nodes_from(y.grad_fn)
-    taps = [] if recorder is None else [tap for tap in recorder.taps if tap.target.edge.node in nodes]
+    taps = [tap for tap in recorder.taps if tap.target.edge.node in nodes]
     _check_versions(taps)
     _check_nodes(problem, entry, nodes)
-    _check_blind(problem, entry, [] if recorder is None else recorder.blind, [] if recorder is None else recorder.taps)
+    _check_blind(problem, entry, recorder)
     # Copies stand outside the graph, so cotangents cannot start from them.
-    tail = None if recorder is not None and recorder.copies else _tail(y, taps)
+    tail = None if recorder.copies else _tail(y, taps)
     return Tape(problem, batch[0].shape[0], y, entry, taps, tail, trust(problem, batch))
 
 
-def _run(problem: Problem, batch: Sequence[Tensor], *, copies: bool) -> tuple[Entry, Recorder | None, Tensor]:
+def _record_data(problem: Problem, batch: Sequence[Tensor]) -> Tape:
+    """Without parameters there is nothing to tap; a mode is needed only for calls that are rewritten."""
+    known = trust(problem, batch)
     entry = enter(problem, batch)
-    recorder = Recorder(entry.known, sites(problem, batch), batch[0].shape[0], copies) if entry.known else None
-    with recorder or Watch({}):
+    watch = None if known.get(PLAIN) else Watch({})
+    with _Explained(), watch or contextlib.nullcontext():
+        y = problem.forward(entry.values, entry.batch)
+    if watch is not None:
+        known[PLAIN] = not watch.rewrote
+    return Tape(problem, batch[0].shape[0], y, entry, [], None, known)
+
+
+def _run(problem: Problem, batch: Sequence[Tensor], *, copies: bool) -> tuple[Entry, Recorder, Tensor]:
+    entry = enter(problem, batch)
+    recorder = Recorder(entry.known, sites(problem, batch), batch[0].shape[0], copies)
+    with recorder:
         y = problem.forward(entry.values, entry.batch)
     return entry, recorder, y
 
@@ -126,14 +143,14 @@ def _check_nodes(problem: Problem, entry: Entry, nodes: set[Node]) -> None:
             raise defeat(f"parameter {name} is used where its calls cannot be seen, as in a custom autograd function")
 
 
-def _check_blind(problem: Problem, entry: Entry, blind: Sequence[Tensor], taps: Sequence[Tap]) -> None:
+def _check_blind(problem: Problem, entry: Entry, recorder: Recorder) -> None:
     """A parameter that is only ever used without gradients may be used by a reentrant checkpoint."""
-    if not blind:
+    if not recorder.blind:
         return
-    edges = [source.edge for tap in taps for source in tap.sources.values()]
+    edges = [source.edge for tap in recorder.taps for source in tap.sources.values()]
     met = {id(getattr(node, "variable", None)) for edge in edges for node in nodes_from(edge.node)}
     for leaf, t in zip(problem.leaves, entry.leaves, strict=True):
-        if leaf.side == "param" and id(t) not in met and any(t is b for b in blind):
+        if leaf.side == "param" and id(t) not in met and any(t is b for b in recorder.blind):
             raise defeat(f"parameter {leaf.name} is used only where gradients are switched off")
 
 
@@ -155,6 +172,7 @@ def _plain_linear(tap: Tap, y: Tensor) -> bool:
     """Whether a tap is `(B, I) -> (B, O)` by a weight of its own with the batch in front."""
     names, _ = rules.table().get(tap.site.func, ((), None))
     plain = names == LINEAR and len(tap.args) >= 2 and (0,) not in tap.sources and tap.target.window is None
+    plain = plain and not any(t.requires_grad for path, t in walk(tap.args, tap.kwargs) if path != (0,))
     return plain and tap.shape == tuple(y.shape) and tap.site.axis(OUT) == Axis(0) and tap.site.axis((0,)) == Axis(0)
 
 
@@ -193,7 +211,7 @@ def pull_cotangents(tape: Tape, cotangents: Tensor) -> Pulled:
 
 
 def _pulled(tape: Tape, start: Tensor, vs: Tensor, taps: Sequence[Tap], found: _Terms) -> Pulled:
-    nodes = nodes_from(start.grad_fn)
+    nodes = nodes_from(start.grad_fn) if taps else set()
     live = [tap for tap in taps if tap.target.edge.node in nodes]
     data = [i for i, leaf in enumerate(tape.problem.leaves) if leaf.side != "param"]
     points = [Point(t.target.edge, t.target.shape, t.target.dtype, t.target.device) for t in live]

@@ -210,6 +210,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.known = dict(leaves)
         self.rewrites = rewrites()
+        self.rewrote = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -222,6 +223,7 @@ class Watch(TorchFunctionMode):
         rewrite = self.rewrites.get(func)
         if rewrite is not None and torch.is_grad_enabled():
             made = rewrite(func, args, kwargs, self)
+            self.rewrote = True
             if made is not NotImplemented:
                 return made
         touched = {path: self.known[id(t)] for path, t in walk(args, kwargs) if id(t) in self.known}

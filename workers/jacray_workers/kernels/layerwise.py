@@ -61,6 +61,8 @@ def jacobian(
     if not rows:
         return blocks_for(problem, batch[0].shape[0], 0, into)
     tape = record(problem, batch)
+    if into is None and form == "dense" and all(per_sample(leaf) for leaf in problem.leaves):
+        return _factored(tape, rows, width, form)
     if into is not None or form == "dense":
         return _dense(tape, rows, blocks_for(problem, tape.size, len(rows), into), width)
     return _factored(tape, rows, width, form)
@@ -84,7 +86,8 @@ def _factored(tape: Tape, rows: range, width: int | None, form: Form) -> list[Te
     for i, leaf in enumerate(tape.problem.leaves):
         grads = [band.grads[i] for band in bands]
         if leaf.side != "param":
-            found.append(torch.cat([g for g in grads if g is not None]).transpose(0, 1))
+            bands_of_leaf = [g for g in grads if g is not None]
+            found.append((bands_of_leaf[0] if len(bands) == 1 else torch.cat(bands_of_leaf)).transpose(0, 1))
         else:
             terms = _all_rows([band.terms[i] for band in bands])
             found.append(_block(tape, leaf, terms, len(rows), form))

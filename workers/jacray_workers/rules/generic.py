@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacray_workers.errors import MethodError
 from jacray_workers.memory import out_of_memory
-from jacray_workers.pullback import Point, combination, near, pull, quiet_vmap
+from jacray_workers.pullback import Point, combination, near, pull
 from jacray_workers.rules.common import Terms, Unfit, Use, by_sample
 from jacray_workers.tap_sites import Axis, Path, defeat
 from jacray_workers.taps import Tap, name_of, outputs, swap, walk, writes
@@ -73,8 +73,7 @@ def _together(use: Use) -> dict[Path, Tensor]:
 
     if not pieces:
         raise Unfit("no data")
-    with quiet_vmap():
-        made = torch.func.vmap(one)(list(pieces.values()), use.cots)
+    made = torch.func.vmap(one)(list(pieces.values()), use.cots)
     found = dict(zip(paths, made, strict=True))
     if not _agrees(use, found):
         raise Unfit("a batching rule is wrong")
