@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from jacray_workers.bracket import Chain, merge, useful
 from jacray_workers.sink import Slot, arguments
@@ -156,14 +157,35 @@ def bottlenecks(tape: Tape) -> list[int]:
     return found
 
 
+class _Flops(TorchDispatchMode):
+    """Counts the arithmetic of operators that torch has a formula for: matrix products, convolutions, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Otherwise torch imports its compiler here, which takes more than a second."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call and count."""
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 def operations(tape: Tape, env: list[Any], samples: int) -> list[float]:
     """Operations per sample of each node: its matrix products, and its traffic. Fills `env` on the way."""
     found = []
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with torch.no_grad(), _Flops() as flops:
         for node in tape.nodes:
-            before = counter.get_total_flops()
+            before = flops.total
             node.run(env)
-            counted = float(counter.get_total_flops() - before)
+            counted = flops.total - before
             made = sum(env[value].numel() for value in node.makes if value in tape.dep)
             traffic = 0.0 if node.name in _FREE else ELEMENT * made
             found.append(((counted or _by_weights(node, env, made)) + traffic) / samples)
