@@ -106,6 +106,8 @@ class Plan:
         device, dtype, threads: where and in what precision; torch threads per worker, 0 for the caller's own.
         form: `dense` or `factors`.
         seed: fixes every random draw.
+        batched: the model may be called on several samples at once; otherwise it is called on one at a time, or under
+            `vmap`, which shows it one.
         cuts: where `chain` brackets the model, as text.
         notes: what a reader should know: rungs that failed, outputs without derivative, coupled samples.
     """
@@ -127,6 +129,7 @@ class Plan:
     form: str
     seed: int
     threads: int = 0
+    batched: bool = True
     cuts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

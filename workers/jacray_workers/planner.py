@@ -365,6 +365,7 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
         dtype=str(problem.dtype).removeprefix("torch."),
         form=request.form if any(best.factored) else "dense",
         seed=request.seed,
+        batched=case.standing.batched,
         cuts=best.cuts,
         notes=_notes(case),
     )

@@ -170,8 +170,7 @@ def compute_chunk(prepared: Prepared, start: int, stop: int, buffers: _Buffers, 
     kernel = pick(prepared.plan.method)
     y = None
     if "outputs" in returns or reducer.wants_outputs:
-        with torch.no_grad():
-            y = problem.forward(problem.values(batch), batch)
+        y = _outputs(prepared, batch)
     if "outputs" in returns and y is not None:
         for o, part in enumerate(problem.split(y)):
             buffers.put("outputs", o, -1, start, stop, part)
@@ -183,6 +182,15 @@ def compute_chunk(prepared: Prepared, start: int, stop: int, buffers: _Buffers, 
             buffers.put("jvp", o, -1, start, stop, part if prepared.tangents.many else part[0])
     blocks = _jacobian(prepared, kernel, batch, start, stop, buffers) if "jacobian" in returns else None
     reducer.add(start, stop, batch, y, blocks)
+
+
+def _outputs(prepared: Prepared, batch: list[Tensor]) -> Tensor:
+    """The outputs `(b, rows)`, each sample's what it gives alone."""
+    problem = prepared.problem
+    alone = [[leaf[i : i + 1] for leaf in batch] for i in range(batch[0].shape[0])]
+    with torch.no_grad():
+        parts = [problem.forward(problem.values(b), b) for b in ([batch] if prepared.plan.batched else alone)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _weighted(prepared: Prepared, kernel: Any, batch: list[Tensor], start: int, stop: int, buffers: _Buffers) -> None:

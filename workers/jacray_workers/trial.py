@@ -84,7 +84,7 @@ def vjp_disagreement(problem: Problem, found: Sequence[Tensor], known: Reference
 def jvp_disagreement(pushed: Tensor, known: Reference) -> float:
     """The same for a method's push-forward `(b, rows)` of ones in every leaf: u^T (J 1) against the sum of u^T J."""
     terms = known.cotangent[0].double() * pushed.double()
-    right = torch.stack([grad[0].double().flatten(1).sum(dim=1) for grad in known.grads]).sum(dim=0)
+    right = torch.stack([grad[0].double().reshape(len(terms), -1).sum(dim=1) for grad in known.grads]).sum(dim=0)
     sizes = [float(grad.double().abs().amax()) for grad in known.grads if grad.numel()]
     size = max([*sizes, float(terms.abs().amax()) if terms.numel() else 0.0])
     return _worst([_gap(terms.sum(dim=1), right, size)], known.cotangent.dtype)

@@ -14,7 +14,7 @@ from torch.func import vjp as func_vjp
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jacray_workers.kernels.common import basis, leaf_dims, per_sample, sample_function, spans
+from jacray_workers.kernels.common import basis, blocks_for, leaf_dims, per_sample, sample_function, spans
 from jacray_workers.problem import Problem
 
 CHUNKS_ITSELF = True
@@ -43,6 +43,8 @@ def jacobian(
         width: cotangents in flight at a time per sample.
     """
     rows = range(problem.rows) if rows is None else rows
+    if not rows:
+        return blocks_for(problem, batch[0].shape[0], 0, into)
     values = problem.values(batch)
 
     def one(sample_values: tuple[Tensor, ...], sample: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
