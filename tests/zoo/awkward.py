@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from tests.zoo.registry import entry
 
 VMAP = ("reverse", "forward")
+# Methods that run whole batches, which a model that looks at its data or draws random numbers does not stand.
+BATCHED = ("layerwise",)
 
 
 class CubeOld(Function):
@@ -142,13 +144,13 @@ class Checkpointed(nn.Module):
         return torch.tanh(self.first(x))
 
 
-@entry("awkward", defeats=(*VMAP, "layerwise"), warns="None of the inputs have requires_grad=True")
+@entry("awkward", defeats=(*VMAP, "layerwise", "jvp"), warns="None of the inputs have requires_grad=True")
 def checkpoint_reentrant():
     """Checkpointing in the old way, which only `backward` can go through."""
     return Checkpointed(reentrant=True), torch.randn(3, 4)
 
 
-@entry("awkward", defeats=VMAP)
+@entry("awkward", defeats=("reverse", "layerwise:params"))
 def checkpoint_plain():
     """Checkpointing in the new way."""
     return Checkpointed(reentrant=False), torch.randn(3, 4)
@@ -166,7 +168,7 @@ class Packed(nn.Module):
             return self.last(torch.tanh(self.first(x)))
 
 
-@entry("awkward", defeats=VMAP)
+@entry("awkward", defeats=("reverse",))
 def saved_tensor_hooks():
     """Hooks on saved tensors."""
     return Packed(), torch.randn(3, 4)
@@ -206,7 +208,7 @@ class WritesInput(nn.Module):
         return self.layer(x.tanh())
 
 
-@entry("awkward")
+@entry("awkward", defeats=("forward:inputs",))
 def writes_into_input():
     """The caller's inputs must come out unharmed."""
     return WritesInput(), torch.randn(3, 4)
@@ -223,7 +225,11 @@ class Overwritten(nn.Module):
         return self.last(self.act(self.first(x).mul_(2.0).sub_(0.3)))
 
 
-@entry("awkward", wrt=({"module": "first", "side": "output"}, {"module": "act", "side": "input"}, "params"))
+@entry(
+    "awkward",
+    wrt=({"module": "first", "side": "output"}, {"module": "act", "side": "input"}, "params"),
+    defeats=("forward:first:output", "forward:act:input"),
+)
 def overwritten_points():
     """Hidden values that later code writes into."""
     return Overwritten(), torch.randn(3, 4)
@@ -260,7 +266,7 @@ class Item(nn.Module):
         return torch.stack([self.layer(row) * float(row.detach().abs().max().item()) for row in x])
 
 
-@entry("awkward", defeats=VMAP)
+@entry("awkward", defeats=(*VMAP, *BATCHED))
 def item_call():
     """.item() in a loop over the batch."""
     return Item(), torch.randn(3, 4)
@@ -277,7 +283,7 @@ class Branch(nn.Module):
         return torch.stack([torch.tanh(self.yes(row)) if row.sum() > 0 else self.no(row) ** 2 for row in x])
 
 
-@entry("awkward", defeats=VMAP)
+@entry("awkward", defeats=(*VMAP, *BATCHED))
 def branch_per_sample():
     """A branch on each sample's data."""
     return Branch(), torch.randn(4, 4)
@@ -294,10 +300,28 @@ class BranchBatch(nn.Module):
         return torch.tanh(self.yes(x)) if x.sum() > 0 else self.no(x) ** 2
 
 
-@entry("awkward", defeats=VMAP)
+@entry("awkward", defeats=(*VMAP, *BATCHED))
 def branch_on_batch():
     """A branch on the batch as a whole: only one sample at a time is right."""
     return BranchBatch(), torch.tensor([[1.0, 2.0, 3.0, 4.0], [-1.0, -2.0, -3.0, -4.0], [2.0, -1.0, 0.5, 0.5]])
+
+
+class OneOnly(nn.Module):
+    """Written for one sample, with the batch axis taken off and put on again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        (row,) = x
+        return torch.tanh(self.layer(row)).unsqueeze(0)
+
+
+@entry("awkward", defeats=BATCHED)
+def one_sample_only():
+    """A model that takes batches of one and no other."""
+    return OneOnly(), torch.randn(3, 4)
 
 
 class Nonzero(nn.Module):
@@ -311,13 +335,13 @@ class Nonzero(nn.Module):
         return torch.stack([self.layer(row)[:, None].mul(row[row > 0]).sum(dim=1) for row in x])
 
 
-@entry("awkward", defeats=VMAP)
+@entry("awkward", defeats=(*VMAP, *BATCHED))
 def shape_from_data():
     """Boolean indexing: intermediate shapes depend on the data."""
     return Nonzero(), torch.randn(3, 4)
 
 
-@entry("awkward", training=True, defeats=("backward_loop",))
+@entry("awkward", training=True, defeats=BATCHED)
 def dropout_training():
     """Dropout in training mode: the same mask for every pass and sample."""
     return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.4), nn.Linear(16, 3)), torch.randn(3, 4)
@@ -373,7 +397,7 @@ class Counter(nn.Module):
         return self.last.tanh()
 
 
-@entry("awkward")
+@entry("awkward", defeats=VMAP)
 def counts_calls():
     """A model with a memory."""
     return Counter(), torch.randn(3, 4)
@@ -425,7 +449,8 @@ def fx_graph_module():
     return torch.fx.symbolic_trace(model), torch.randn(3, 4)
 
 
-@entry("awkward")
+# The warning is torch's own, from copying what it exported.
+@entry("awkward", warns=".*LeafSpec.* is deprecated")
 def exported_program():
     """An exported graph with a dynamic batch."""
     model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)).eval()

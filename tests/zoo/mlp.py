@@ -63,16 +63,16 @@ def mlp_bfloat16():
     return _mlp(4, 8, 3).bfloat16(), torch.randn(x34).bfloat16()
 
 
-@entry("mlp")
+@entry("mlp", wrt=("inputs",), chain=True)
 def autoencoder():
-    """A bottleneck of two."""
-    return _mlp(10, 8, 2, 8, 10), torch.randn(3, 10)
+    """A bottleneck of two, wide enough on both sides to pay."""
+    return _mlp(128, 64, 2, 64, 128), torch.randn(2, 128)
 
 
-@entry("mlp")
+@entry("mlp", wrt=("inputs",), chain=True)
 def wide_head():
     """Many outputs from few features."""
-    return nn.Sequential(_mlp(4, 6, 6), nn.SiLU(), nn.Linear(6, 40)), torch.randn(x34)
+    return nn.Sequential(_mlp(128, 64, 8), nn.SiLU(), nn.Linear(8, 300)), torch.randn(2, 128)
 
 
 @entry("mlp")
@@ -237,7 +237,7 @@ def parameter_used_outside():
     return _Outsider(), torch.randn(x34)
 
 
-@entry("mlp")
+@entry("mlp", defeats=("forward:params",))
 def weight_norm():
     """The weight is computed from a direction and a length."""
     layer = parametrizations.weight_norm(nn.Linear(4, 6))
@@ -339,7 +339,8 @@ def routed_experts():
     return _TopK(), torch.randn(x34)
 
 
-@entry("mlp")
+# vmap over the derivative of PReLU fails in torch.
+@entry("mlp", defeats=("reverse",))
 def prelu_and_friends():
     """Activations with parameters and thresholds."""
     model = nn.Sequential(

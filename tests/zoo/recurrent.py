@@ -23,31 +23,31 @@ class _Last(nn.Module):
         return self.head(self.body(x)[0][:, -1])
 
 
-@entry("recurrent")
+@entry("recurrent", defeats=VMAP)
 def rnn():
     """nn.RNN with tanh."""
     return _Last(nn.RNN(3, 4, batch_first=True), 4), torch.randn(2, 4, 3)
 
 
-@entry("recurrent")
+@entry("recurrent", defeats=VMAP)
 def rnn_relu():
     """nn.RNN with ReLU, two layers."""
     return _Last(nn.RNN(3, 5, 2, nonlinearity="relu", batch_first=True), 5), torch.randn(2, 4, 3)
 
 
-@entry("recurrent")
+@entry("recurrent", defeats=VMAP)
 def gru():
     """nn.GRU."""
     return _Last(nn.GRU(3, 4, batch_first=True), 4), torch.randn(2, 4, 3)
 
 
-@entry("recurrent")
+@entry("recurrent", defeats=("forward",))
 def lstm():
     """nn.LSTM."""
     return _Last(nn.LSTM(3, 4, batch_first=True), 4), torch.randn(2, 4, 3)
 
 
-@entry("recurrent")
+@entry("recurrent", defeats=VMAP, warns="LSTM with projections is not supported with oneDNN")
 def lstm_bidirectional():
     """Two layers, both directions, projections."""
     body = nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2, batch_first=True)

@@ -26,13 +26,14 @@ class Entry:
         family: the file it stands in.
         build: makes the model and a batch of inputs, from the random state it finds.
         wrt: what to differentiate with respect to, one after the other.
-        defeats: methods that this model is known to defeat, which need not serve it; every other method has to.
+        defeats: methods that this model is known to defeat, as `METHOD`, or `METHOD:TARGET` where so for one target
+            only; these need not serve it, and every other method has to. `jvp` where nothing can push forward.
+        chain: the chain must be found for the inputs; elsewhere its refusal is as good as its answer.
         couples: samples depend on each other, so that every method must refuse.
         training: the mode to run in.
         spread: the call spreads a tuple or a dict of inputs over the model's arguments.
         tolerance: relative error allowed, where not the one of the model's precision.
-        chain: the chain must be found; elsewhere its refusal is as good as its answer.
-        warns: the model itself warns when it is called, with this message.
+        warns: the model itself warns when it is called or copied, with a message like this.
         slow: left out of the quick tests.
     """
 

@@ -37,7 +37,7 @@ class _TreeModel(nn.Module):
     def forward(self, tree):
         a, (b, c) = tree["a"], tree["rest"]
         h = self.layer(torch.cat([a, b], dim=-1))
-        return [torch.tanh(h), (h * c.sum(dim=-1, keepdim=True), a.square())]
+        return [torch.tanh(h), (h * c.sum(dim=(1, 2)).unsqueeze(1), a.square())]
 
 
 @entry("structures", spread=False)
