@@ -42,6 +42,9 @@ zoo: $(DEV)  ## every model of the zoo by every method, against brute force (abo
 regret: $(DEV)  ## how far the planner's choice is from the best method, on the benchmark's nets
 	$(BIN)/python -m benchmarks.regret
 
+zoo: $(DEV)  ## the table of models and methods, each against a brute-force reference (some minutes)
+	$(BIN)/python -m tests.zoo.table
+
 lint: $(DEV)  ## ruff's checks, ruff's format check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
