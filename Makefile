@@ -36,9 +36,6 @@ test-all: lint  ## the same with the slow tests
 	$(BIN)/pytest -m "not ray" -n auto
 	$(BIN)/pytest -m ray
 
-zoo: $(DEV)  ## every model of the zoo by every method, against brute force (about 20 minutes)
-	$(BIN)/python -m tests.zoo.table
-
 regret: $(DEV)  ## how far the planner's choice is from the best method, on the benchmark's nets
 	$(BIN)/python -m benchmarks.regret
 
