@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from jacray_workers.projection import rms
 from jacray_workers.reference import Point
 
 # Rounding errors of a pass grow about as the square root of the number of operations that a value went through;
@@ -128,15 +129,17 @@ class Spread:
         self.low = [torch.minimum(a, b) for a, b in zip(self.low, reference, strict=True)]
         self.high = [torch.maximum(a, b) for a, b in zip(self.high, reference, strict=True)]
         for seen, a, b in zip(self._noise, self.first, reference, strict=True):
-            seen.append(float(_kept(a - b).square().mean().sqrt()))
+            seen.append(rms(_kept(a - b)))
 
     def noise(self, index: int) -> float:
         """By how much tensor `index` usually moves; the median, which a kink that few draws cross does not sway."""
         return statistics.median(self._noise[index]) if self._noise[index] else 0.0
 
-    def distance(self, index: int, got: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How far each entry of tensor `index` is outside, how far it may be, and which cannot be compared."""
+    def distance(self, index: int, got: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """How far each entry of tensor `index` is outside, how far it may be, and which cannot be compared, if any."""
         low, high = self.low[index], self.high[index]
+        if low is high and _finite(got) and _finite(low):
+            return (got - low).abs_(), base, None
         dead = ~(torch.isfinite(low) & torch.isfinite(high))
         outside = torch.relu(torch.maximum(got - high, low - got))
         # A result that is not finite where every reference is, is as wrong as can be.
@@ -145,15 +148,25 @@ class Spread:
         return torch.where(dead, 0.0, outside), allowed, dead
 
 
+def _finite(tensor: Tensor) -> bool:
+    """Whether all of it is finite; a sum that overflows counts as not, which only costs a closer look."""
+    return math.isfinite(float(tensor.sum()))
+
+
 def _scale(got: Tensor, scale: Tensor, exact: Tensor) -> Tensor:
     """The natural size of every entry: of the terms it adds up, and of a typical entry of its tensor."""
-    size = torch.maximum(_kept(scale), torch.maximum(_kept(got), _kept(exact)))
-    return size + _kept(exact).square().mean().sqrt() if size.numel() else size
+    if not got.numel():
+        return got.double()
+    size = torch.maximum(got.double().abs(), exact.abs())
+    torch.maximum(size, scale, out=size)
+    if not _finite(size):
+        torch.nan_to_num_(size, nan=0.0, posinf=0.0)
+    return size.add_(rms(_kept(exact)))
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    """Sizes, with 0 for what is not finite."""
-    return torch.nan_to_num(tensor.double().abs(), nan=0.0, posinf=0.0, neginf=0.0)
+    """The tensor, or its sizes with 0 for what is not finite."""
+    return tensor if _finite(tensor) else torch.nan_to_num(tensor.abs(), nan=0.0, posinf=0.0)
 
 
 def _worst(got: Sequence[Tensor], spread: Spread, scales: Sequence[Tensor], tolerance: float) -> Verdict:
@@ -163,8 +176,9 @@ def _worst(got: Sequence[Tensor], spread: Spread, scales: Sequence[Tensor], tole
         if not g.numel():
             continue
         distance, allowed, dead = spread.distance(index, g.double(), scale * tolerance)
-        skipped += int(dead.sum())
-        share = torch.where(distance == 0, 0.0, distance / allowed).flatten()
+        skipped += int(dead.sum()) if dead is not None else 0
+        # Nothing over nothing is no error; something over nothing is one without bound.
+        share = torch.nan_to_num_(distance / allowed, nan=0.0, posinf=math.inf).flatten()
         place = int(share.argmax())
         if float(share[place]) > ratio:
             ratio = float(share[place])

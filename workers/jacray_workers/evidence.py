@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from jacray_workers.holding import gradients, held
 from jacray_workers.problem import Leaf, Problem
+from jacray_workers.projection import size_of
 from jacray_workers.reference import generator, normal, own, shielded
 from jacray_workers.session import seed_generators
 
@@ -200,13 +202,23 @@ def apart(probe: Probe, a: Tensor, b: Tensor, samples: Sequence[int]) -> float:
 
 def relative(x: Tensor, y: Tensor, floor: float = 0.0) -> float:
     """The largest difference over the largest size; infinite where only one of the two is finite."""
+    if not x.numel():
+        return 0.0
+    distance, size = largest(x - y), max(largest(x), largest(y), floor)
+    if math.isfinite(distance):
+        return distance / size if distance else 0.0
     same = (x == y) | (x.isnan() & y.isnan())
     if bool(same.all()):
         return 0.0
-    distance = torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=torch.inf)
+    apart = torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=torch.inf)
     sizes = torch.maximum(x.abs(), y.abs())
     size = max(float(sizes[torch.isfinite(sizes)].amax()) if bool(torch.isfinite(sizes).any()) else 0.0, floor)
-    return float(distance.amax()) / size if size else float("inf")
+    return float(apart.amax()) / size if size else float("inf")
+
+
+def largest(x: Tensor) -> float:
+    """The largest absolute value, NaN where there is one; nothing is made of the tensor's size."""
+    return float(torch.linalg.vector_norm(x, torch.inf))
 
 
 def _derivatives(probe: Probe) -> tuple[float, int, float, list[str]]:
@@ -228,7 +240,7 @@ def _derivatives(probe: Probe) -> tuple[float, int, float, list[str]]:
 
 def _share_of_others(grad: Tensor, i: int) -> float:
     # A cotangent of zero times an infinite slope is NaN, and says nothing about coupling.
-    size = torch.nan_to_num(grad.double().abs(), nan=0.0, posinf=0.0).reshape(grad.shape[0], -1)
+    size = torch.nan_to_num(grad.abs(), nan=0.0, posinf=0.0).reshape(grad.shape[0], -1)
     if not size.numel():
         return 0.0
     others = size.clone()
@@ -244,8 +256,7 @@ def _gradients_alone(probe: Probe, among: Sequence[Tensor], single: Sequence[Ten
     for leaf, value, a, b in zip(probe.problem.leaves, probe.values(probe.batch), among, single, strict=True):
         mine, other = (a[-1], b[-1]) if own(leaf) else (a, b)
         # What is zero but for rounding has no size of its own: outputs over values give the natural one.
-        size = float(value.double().square().mean().sqrt()) if value.numel() else 0.0
-        worst = max(worst, relative(mine.double(), other.double(), 1e-6 * y / (size or 1.0)))
+        worst = max(worst, relative(mine, other, 1e-6 * y / size_of(value)))
     return worst
 
 

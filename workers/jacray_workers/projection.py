@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from jacray_workers.reference import Point, own
 
-CHUNK = 1 << 22
+# Numbers of a block that are looked at as float64 at a time, unless one row has more.
+CHUNK = 1 << 16
 # A factored block of more numbers than this is not made dense for a check.
 FACTORED = 1 << 25
 
@@ -36,13 +38,16 @@ def project(block: Any, u: Tensor, v: Tensor) -> Projected:
     pulled, squared = torch.zeros_like(v).flatten(), torch.zeros_like(v).flatten()
     pushed, pushed_squared = torch.zeros_like(u), torch.zeros_like(u)
     step = max(CHUNK // max(v.numel(), 1), 1)
+    # One buffer for all pieces: fresh memory would cost more than the arithmetic.
+    buffer = v.new_empty(min(step, u.shape[0]), v.numel())
     for start in range(0, u.shape[0], step):
-        rows, here = flat[start : start + step].to(u), slice(start, start + step)
+        here = slice(start, min(start + step, u.shape[0]))
+        rows = buffer[: here.stop - start].copy_(flat[here])
         pulled += u[here] @ rows
         pushed[here] = rows @ v.flatten()
-        squares = rows.square()
-        squared += u[here].square() @ squares
-        pushed_squared[here] = squares @ v.flatten().square()
+        rows.mul_(rows)
+        squared += u[here].square() @ rows
+        pushed_squared[here] = rows @ v.flatten().square()
     return Projected(pulled.view_as(v), squared.view_as(v), pushed, pushed_squared)
 
 
@@ -68,7 +73,13 @@ def mixed_size(tensors: Any, mix: Tensor) -> Tensor:
     return torch.einsum("k,k...->...", mix.square(), tensors.to(mix).square()).sqrt()
 
 
+def rms(value: Tensor) -> float:
+    """The root mean square, added up in float64."""
+    length = float(torch.linalg.vector_norm(value, dtype=torch.float64))
+    return length / math.sqrt(max(value.numel(), 1))
+
+
 def size_of(value: Tensor) -> float:
     """The root mean square of a leaf's values, 1 for one that is zero."""
-    found = float(value.double().square().mean().sqrt()) if value.numel() else 0.0
+    found = rms(value)
     return found if 0 < found < float("inf") else 1.0
