@@ -148,6 +148,12 @@ def _written(w: Tensor, x: Tensor) -> Tensor:
     return F.linear(x, w)
 
 
+def _keeps_a_mask(s: Any, x: Tensor) -> Tensor:
+    if not hasattr(s, "mask"):
+        s.mask = torch.ones(4, dtype=x.dtype).cumsum(0)
+    return s.l(x * s.mask)
+
+
 # Parameters used directly ----------------------------------------------------------------------------
 use("plus", lambda: r(3, 4), lambda s, x: s.l(x + s.p), p=lambda: r(4), l=lin(4, 2))
 use(
@@ -182,6 +188,7 @@ use(
 )
 use("prelu", lambda: r(3, 4), lambda s, x: s.b(s.l(s.a(x))), a=lambda: nn.PReLU(4), l=lin(4, 3), b=nn.PReLU)
 use("unused", lambda: r(3, 4), lambda s, x: s.l(x), l=lin(4, 2), p=lambda: r(3))
+use("keeps_a_mask", lambda: r(3, 4), _keeps_a_mask, l=lin(4, 4))
 use("dead_branch", lambda: r(3, 4), lambda s, x: (s.m(x), s.l(x))[1], l=lin(4, 2), m=lin(4, 2))
 use("complex_inside", lambda: r(3, 4), lambda s, x: torch.fft.rfft(s.l(x) * s.p).abs(), l=lin(4, 6), p=lambda: r(6))
 use(

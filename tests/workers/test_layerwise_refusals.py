@@ -52,6 +52,12 @@ def overwritten(s: Any, x: Tensor) -> Tensor:
     return y
 
 
+def kept_from_before(s: Any, x: Tensor) -> Tensor:
+    if not hasattr(s, "scaled"):
+        s.scaled = s.l.weight * 2
+    return F.linear(x, s.scaled)
+
+
 def batch_norm(s: Any, x: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, s.p, training=True) if len(x) > 1 else x * s.p
 
@@ -69,6 +75,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "samples change places": (lambda s, x: s.l(x.flip(0)).flip(0), "change places"),
     "matrix between samples": (lambda s, x: s.l(x @ x.T @ x), "depend on each other"),
     "parameter overwritten": (overwritten, "overwritten"),
+    "made in an earlier pass": (kept_from_before, "none of its inputs"),
+    "samples one by one": (lambda s, x: torch.stack([s.l(row) for row in x]), "other functions"),
     "statistics of the batch": (batch_norm, "batch|depend"),
     "renormalised table": (lambda s, x: F.embedding((x > 0).long(), s.l.weight, max_norm=1.0).sum(1), "overwritten"),
     "scaled by frequency": (

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Matrix products with fewer columns than this run at half the speed of their transposes; the copy back is small.
+NARROW = 32
+
 
 def write_outer(out: Tensor, acts: Tensor, cots: Tensor, flip: bool, add: bool) -> None:
     """Write (or add) `sum_s cots[s] x acts[s]`.
@@ -44,7 +47,10 @@ def _write_rows(out: Tensor, acts: Tensor, cots: Tensor, add: bool) -> None:
         # Copied so that runs of memory stay together, whichever of positions and features lies innermost.
         rows_last = cots.stride(-1) == 1
         left = cots.transpose(1, 2).flatten(2).mT if rows_last else cots.mT.flatten(1, 2)
-        _write_bmm(out.flatten(1, 2), left, acts, add)
+        if acts.shape[2] <= NARROW and acts.shape[1] >= 4 * acts.shape[2]:
+            add_or_copy(out.flatten(1, 2), torch.bmm(acts.mT, left.mT).mT, add)
+        else:
+            _write_bmm(out.flatten(1, 2), left, acts, add)
         return
     for r in range(out.shape[1]):
         _write_bmm(out[:, r], cots[:, r].mT, acts, add)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +13,21 @@ from jacray_workers.errors import JacrayError
 from jacray_workers.problem import Problem
 from jacray_workers.pullback import Trust
 from jacray_workers.tap_sites import OUT, Axis, Path, Site, arrangements, defeat
-from jacray_workers.taps import Args, Func, Kwargs, Watch, another_path, enter, name_of, outputs, shifted, swap, walk
+from jacray_workers.taps import (
+    AnotherPath,
+    Args,
+    Func,
+    Kwargs,
+    Watch,
+    another_path,
+    enter,
+    name_of,
+    outputs,
+    shifted,
+    swap,
+    walk,
+)
 
-W = TypeVar("W", bound=Watch)
 Kind = Literal["tap", "derive", "plain"]
 Key = tuple[Any, ...]
 
@@ -24,72 +36,63 @@ Key = tuple[Any, ...]
 class Note:
     """One call as a small pass saw it: tensors by path, what else it was given, and what it made."""
 
-    func: Callable[..., Any]
-    kind: Kind
+    name: int
+    func: Func
     others: dict[Path, Tensor]
     plain: tuple[Any, ...]
     made: list[Tensor]
+    grads: bool
 
 
-class Shapes(Watch):
-    """Writes down the shapes that every call makes."""
+class Names:
+    """Small numbers for whatever is hashable, the same in every pass of one survey."""
 
-    def __init__(self, leaves: Mapping[int, Tensor]) -> None:
-        super().__init__(leaves)
-        self.shapes: list[tuple[torch.Size, ...]] = []
+    def __init__(self) -> None:
+        self.numbers: dict[Any, int] = {}
 
-    def seen(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
-        """One entry per call."""
-        self.shapes.append(tuple(t.shape for t in outputs(func, args, result)))
+    def __call__(self, *parts: Any) -> int:
+        """The number of what these parts make up."""
+        return self.numbers.setdefault(parts, len(self.numbers))
 
 
 class Scout(Watch):
     """Writes down every call that touches a parameter.
 
+    A call's name says which function meets which parameters for the how-manieth time, so the same call has the same
+    name in every pass, whatever else the model calls in between.
+
     Args:
         leaves: see `Watch`.
-        shapes: what every call made with another batch size: a call is a tap where this differs.
-        kinds: what each call that touches a parameter was found to be; needed where `shapes` is None.
+        names: makes the names.
+        derived: the names of calls whose results are to be followed.
     """
 
-    def __init__(
-        self, leaves: Mapping[int, Tensor], shapes: Sequence[tuple[torch.Size, ...]] | None, kinds: Sequence[Kind] = ()
-    ) -> None:
+    def __init__(self, leaves: Mapping[int, Tensor], names: Names, derived: set[int]) -> None:
         super().__init__(leaves)
-        self.shapes, self.kinds = shapes, kinds
-        self.calls = 0
+        self.make_name, self.derived = names, derived
+        distinct = {id(t): t for t in leaves.values()}
+        self.names = {key: names("leaf", place) for place, key in enumerate(distinct)}
+        self.times: dict[int, int] = {}
         self.notes: list[Note] = []
-
-    def seen(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
-        """Counts the calls."""
-        del func, args, result
-        self.calls += 1
 
     def touch(self, func: Func, args: Args, kwargs: Kwargs, touched: dict[Path, Tensor]) -> Any:
         """Run the call as it is and note what it was given and what it made."""
         if not torch.is_grad_enabled():
             return super().touch(func, args, kwargs, touched)
+        meeting = self.make_name(func, tuple((path, self.names[id(t)]) for path, t in touched.items()))
+        name = self.make_name("call", meeting, self.times.setdefault(meeting, 0))
+        self.times[meeting] += 1
         others = {path: t.detach().clone() for path, t in walk(args, kwargs) if path not in touched}
         plain = tuple(_plain(args)) + tuple(_plain(kwargs))
         args, kwargs = swap(args, kwargs, touched)
         result = func(*args, **kwargs)
         made = outputs(func, args, result)
-        kind = self._kind(made)
-        if kind == "derive":
+        if name in self.derived:
             self.follow(made)
-        self.notes.append(Note(func, kind, others, plain, [t.detach().clone() for t in made]))
+            self.names.update({id(t): self.make_name("made", name, place) for place, t in enumerate(made)})
+        grads = any(t.requires_grad for t in made)
+        self.notes.append(Note(name, func, others, plain, [t.detach().clone() for t in made], grads))
         return result
-
-    def _kind(self, made: list[Tensor]) -> Kind:
-        if self.shapes is None:
-            if len(self.notes) >= len(self.kinds):
-                raise another_path()
-            return self.kinds[len(self.notes)]
-        if not any(t.requires_grad for t in made):
-            return "plain"
-        if self.calls >= len(self.shapes):
-            raise another_path()
-        return "derive" if tuple(t.shape for t in made) == self.shapes[self.calls] else "tap"
 
 
 def _plain(value: Any) -> list[Any]:
@@ -131,11 +134,11 @@ def _key(problem: Problem, batch: Sequence[Tensor]) -> Key:
 def _probe(problem: Problem, batch: Sequence[Tensor]) -> tuple[Site, ...]:
     """Probe with inputs a little off the given ones; where that is not enough, with parameters a little off too."""
     try:
-        found = _survey(problem, three_samples(batch, shift=True), shift=False)
+        found = _settled(problem, three_samples(batch, shift=True))
     except JacrayError:
         raise
     except Exception:  # noqa: BLE001  # what shifted inputs made the model raise, the given ones may not
-        found = _survey(problem, three_samples(batch, shift=False), shift=False)
+        found = _settled(problem, three_samples(batch, shift=False))
     if any(_doubtful(site) for site in found):
         again = _survey(problem, three_samples(batch, shift=True), shift=True)
         if [s.func for s in again] != [s.func for s in found]:
@@ -145,6 +148,14 @@ def _probe(problem: Problem, batch: Sequence[Tensor]) -> tuple[Site, ...]:
         if site.kind == "tap" and len(site.fits[OUT] or ()) > 1:
             raise defeat(f"cannot tell how the batch lies in what {name_of(site.func)} makes")
     return found
+
+
+def _settled(problem: Problem, three: list[Tensor]) -> tuple[Site, ...]:
+    """A survey; a second one where the model made something in its first pass and kept it."""
+    try:
+        return _survey(problem, three, shift=False)
+    except AnotherPath:
+        return _survey(problem, three, shift=False)
 
 
 def _doubtful(site: Site) -> bool:
@@ -163,40 +174,51 @@ def _both(a: Site, b: Site) -> Site:
 
 
 def _survey(problem: Problem, three: list[Tensor], *, shift: bool) -> tuple[Site, ...]:
-    """One probe: the shapes with two samples, then notes with three and with two."""
-    two = [leaf[:2] for leaf in three]
-    shapes = _run(problem, two, shift, Shapes)
-    more = _run(problem, three, shift, lambda known: Scout(known, shapes.shapes))
-    less = _run(problem, two, shift, lambda known: Scout(known, None, [note.kind for note in more.notes]))
-    if [n.func for n in less.notes] != [n.func for n in more.notes]:
-        raise defeat("the model calls other functions for two samples than for three")
-    return tuple(_site(a, b) for a, b in zip(less.notes, more.notes, strict=True))
+    """Pairs of passes with two and with three samples, until no more derived tensors turn up."""
+    names, derived = Names(), set[int]()
+    while True:
+        less = _run(problem, [leaf[:2] for leaf in three], names, derived, shift=shift)
+        more = _run(problem, three, names, derived, shift=shift)
+        if [note.name for note in less] != [note.name for note in more]:
+            raise another_path()
+        pairs = list(zip(less, more, strict=True))
+        new = {b.name for a, b in pairs if _kind(a, b) == "derive"} - derived
+        if not new:
+            return tuple(_site(a, b) for a, b in pairs)
+        derived |= new
 
 
-def _run(problem: Problem, batch: list[Tensor], shift: bool, make: Callable[[dict[int, Tensor]], W]) -> W:
-    """One pass of the model under a watch."""
+def _run(problem: Problem, batch: list[Tensor], names: Names, derived: set[int], *, shift: bool) -> list[Note]:
+    """One pass of the model."""
     # The same shift in every pass: they are compared with each other.
-    random = torch.Generator().manual_seed(1) if shift else None
-    entry = enter(problem, batch, random)
-    watch = make(entry.known)
-    with watch:
+    entry = enter(problem, batch, torch.Generator().manual_seed(1) if shift else None)
+    scout = Scout(entry.known, names, derived)
+    with scout:
         problem.forward(entry.values, entry.batch)
-    return watch
+    return scout.notes
+
+
+def _kind(two: Note, three: Note) -> Kind:
+    """What a call is: its result holds the batch where its shape changes with the batch size."""
+    if not three.grads:
+        return "plain"
+    return "derive" if [t.shape for t in two.made] == [t.shape for t in three.made] else "tap"
 
 
 def _site(two: Note, three: Note) -> Site:
     """What one call does with the batch, from two passes."""
-    if three.kind == "plain":
-        return Site(three.func, "plain", {}, varies=False)
+    kind = _kind(two, three)
+    if kind == "plain":
+        return Site(three.func, kind, {}, varies=False)
     if list(two.others) != list(three.others) or len(two.made) != len(three.made):
         raise defeat(f"{name_of(three.func)} takes other arguments for two samples than for three")
     # Also finds a result without a batch axis that depends on the batch, and refuses it.
     made = [arrangements(a, b) for a, b in zip(two.made, three.made, strict=True)]
-    if three.kind == "derive":
-        return Site(three.func, "derive", {}, varies=False)
+    if kind == "derive":
+        return Site(three.func, kind, {}, varies=False)
     fits = {path: arrangements(two.others[path], t) for path, t in three.others.items()}
     fits[OUT] = made[0] if len(made) == 1 else None
-    return Site(three.func, "tap", fits, varies=not _same(two.plain, three.plain))
+    return Site(three.func, kind, fits, varies=not _same(two.plain, three.plain))
 
 
 def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:

@@ -86,7 +86,7 @@ def record(problem: Problem, batch: Sequence[Tensor]) -> Tape:
     nodes = nodes_from(y.grad_fn)
     taps = [tap for tap in recorder.taps if tap.target.edge.node in nodes]
     _check_versions(taps)
-    _check_nodes(problem, entry, nodes)
+    _check_nodes(problem, entry, nodes, recorder.started)
     _check_blind(problem, entry, recorder)
     # Copies stand outside the graph, so cotangents cannot start from them.
     tail = None if recorder.copies else _tail(y, taps)
@@ -132,15 +132,19 @@ def _check_versions(taps: Sequence[Tap]) -> None:
                 raise defeat(f"what {name_of(tap.site.func)} used of a parameter was overwritten later")
 
 
-def _check_nodes(problem: Problem, entry: Entry, nodes: set[Node]) -> None:
-    """No parameter may be reached but through a tap."""
+def _check_nodes(problem: Problem, entry: Entry, nodes: set[Node], started: Sequence[Tensor]) -> None:
+    """No parameter may be reached but through a tap, and no leaf that this pass did not make."""
     names = {id(t): leaf.name for leaf, t in zip(problem.leaves, entry.leaves, strict=True) if leaf.side == "param"}
+    expected = {id(t) for t in (*entry.leaves, *started)}
     for node in nodes:
         if node.name() == "CheckpointFunctionBackward":
             raise defeat("a reentrant checkpoint hides its calls")
-        name = names.get(id(getattr(node, "variable", None)))
-        if name is not None:
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) in names:
+            name = names[id(leaf)]
             raise defeat(f"parameter {name} is used where its calls cannot be seen, as in a custom autograd function")
+        if leaf is not None and id(leaf) not in expected:
+            raise defeat("the model uses a tensor that requires gradients and is none of its inputs and parameters")
 
 
 def _check_blind(problem: Problem, entry: Entry, recorder: Recorder) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from jacray_workers.errors import MethodError
 from jacray_workers.problem import Problem
 from jacray_workers.tap_sites import Path, Site, defeat
 
@@ -229,17 +230,12 @@ class Watch(TorchFunctionMode):
         touched = {path: self.known[id(t)] for path, t in walk(args, kwargs) if id(t) in self.known}
         if touched and _transformed():
             raise defeat("the model uses its parameters inside a function transform")
-        result = self.touch(func, args, kwargs, touched) if touched else func(*args, **kwargs)
-        self.seen(func, args, result)
-        return result
+        return self.touch(func, args, kwargs, touched) if touched else func(*args, **kwargs)
 
     def touch(self, func: Func, args: Args, kwargs: Kwargs, touched: dict[Path, Tensor]) -> Any:
         """A call with parameter-like arguments."""
         args, kwargs = swap(args, kwargs, touched)
         return func(*args, **kwargs)
-
-    def seen(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
-        """Called after every call."""
 
     def follow(self, tensors: Sequence[Tensor]) -> None:
         """Follow these results as parameters are followed."""
@@ -263,6 +259,8 @@ class Recorder(Watch):
         self.sites, self.size, self.copies = sites, size, copies
         self.place = 0
         self.taps: list[Tap] = []
+        # Stand-ins for parameters that begin the graph.
+        self.started: list[Tensor] = []
         # Parameters touched where no gradient was recorded; the reentrant checkpoint hides real uses there.
         self.blind: list[Tensor] = []
 
@@ -294,6 +292,7 @@ class Recorder(Watch):
         starts = not any(t.requires_grad for t in others.values())
         sources = {path: Source(t, get_gradient_edge(t), t._version) for path, t in touched.items()}
         detached = {path: t.detach().requires_grad_(starts) for path, t in touched.items()}
+        self.started.extend(detached.values() if starts else ())
         written: set[Path] = {(0,)} if writes(func) else set()
         before = {path: t.detach().clone() for path, t in others.items() if self.copies or path in written}
         kept = {path: t.detach() for path, t in touched.items()} | before
@@ -326,9 +325,14 @@ def _target(func: Callable[..., Any], out: Tensor) -> Target:
     return Target(get_gradient_edge(base), tuple(base.shape), base.dtype, base.device, window)
 
 
-def another_path() -> Exception:
-    """The model made other calls than in the probe."""
-    return defeat("the model calls other functions for this batch than for its first samples")
+class AnotherPath(MethodError):  # noqa: N818  # named for what happened, as a MethodError
+    """The model made other calls than in an earlier pass."""
+
+
+def another_path() -> AnotherPath:
+    """The error for a pass that differs from the probe's."""
+    rule = "the model calls other functions for this batch than for its first samples"
+    return AnotherPath("method", rule, "layerwise")
 
 
 def name_of(func: Callable[..., Any]) -> str:

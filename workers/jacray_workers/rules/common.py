@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jacray_workers.blocks_terms import Dense, Term
 from jacray_workers.tap_sites import OUT, Axis, Path, split
-from jacray_workers.taps import Tap
+from jacray_workers.taps import Tap, another_path
 
 Terms = dict[Path, Term]
 MISSING = object()
@@ -134,7 +134,7 @@ def use(tap: Tap, names: tuple[str, ...], g: Tensor) -> Use:
         g = g.as_strided((g.shape[0], *size), (g.stride(0), *stride), g.storage_offset() + offset)
     axis = tap.site.axis(OUT)
     if axis is None:
-        raise Unfit("result")
+        raise another_path()
     return Use(tap, names, g, split(g, axis, tap.size, lead=1).transpose(0, 1))
 
 
