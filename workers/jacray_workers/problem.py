@@ -56,6 +56,23 @@ def as_module(model: Any) -> nn.Module:
     return module
 
 
+def _everywhere(module: nn.Module, swapped: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under one name for each place where they stand, so that tied parameters stay tied.
+
+    `functional_call` would tie them itself, but by names: where one module is registered twice it then restores under
+    the second name what it had put there under the first, and the module keeps a stranger's tensors.
+    """
+    places: dict[int, list[str]] = {}
+    for path, part in module.named_modules():
+        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            places.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+    known = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return {place: tensor for name, tensor in swapped.items() for place in places[id(known[name])]}
+
+
 def _wrapped(model: nn.Module) -> Any:
     inner = getattr(model, "_orig_mod", None)
     if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -233,7 +250,8 @@ class Problem:
                 y = self._call(swapped, args, kwargs)
             return pytree.tree_map_only(Tensor, Tensor.detach, y)
         if swapped:
-            return torch.func.functional_call(self.module, swapped, args, kwargs)
+            placed = _everywhere(self.module, swapped)
+            return torch.func.functional_call(self.module, placed, args, kwargs, tie_weights=False)
         return self.module(*args, **kwargs)
 
     def _hidden(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:
