@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """`(B, tokens)` to the logits `(B, vocabulary)` of the last position."""
-        return self.head(self.layers(self.embedding(ids), mask=self.mask)[:, -1])
+        return self.head(self.layers(self.embedding(ids), mask=self.mask, is_causal=True)[:, -1])
 
 
 EMBEDDINGS = {"module": "embedding", "side": "output"}

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from jacray_workers.bracket import Chain, merge, useful
 from jacray_workers.sink import Slot, arguments
 from jacray_workers.tape import Node, Tape
+from jacray_workers.watching import Watcher
 
 # Operations that one number costs a call that does no matrix product: memory traffic, in units of a product's speed.
 ELEMENT = 32.0
@@ -157,17 +157,12 @@ def bottlenecks(tape: Tape) -> list[int]:
     return found
 
 
-class _Flops(TorchDispatchMode):
+class _Flops(Watcher):
     """Counts the arithmetic of operators that torch has a formula for: matrix products, convolutions, attention."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.total = 0.0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Otherwise torch imports its compiler here, which takes more than a second."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call and count."""

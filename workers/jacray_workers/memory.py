@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from jacray_workers.watching import Watcher
 
 # What is left to the system, to fragmentation and to kernels' own workspaces when no budget is given.
 SAFE_SHARE = 0.5
@@ -57,11 +58,11 @@ def measure(work: Callable[[], Any], device: torch.device) -> int:
     return watch.peak
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Watcher):
     """Counts the bytes of live storages that appear under it."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.live = 0
         self.peak = 0
         self._known: set[int] = set()
