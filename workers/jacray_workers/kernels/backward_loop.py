@@ -93,7 +93,9 @@ def on_graph(problem: Problem, batch: Sequence[Tensor], use: Callable[[Sequence[
     """
     values = [value.detach().requires_grad_() for value in problem.values(batch)]
     try:
-        return use(values, _outputs(problem, values, batch), pull)
+        y = _outputs(problem, values, batch)
+        if not _reentrant(problem, y):
+            return use(values, y, pull)
     except MethodError as error:
         if "checkpoint" not in str(error):
             raise
@@ -105,6 +107,22 @@ def on_graph(problem: Problem, batch: Sequence[Tensor], use: Callable[[Sequence[
 
     found: T = torch.func.functional_call(_Holder(problem.module), held, (work,))
     return found
+
+
+def _reentrant(problem: Problem, y: Tensor) -> bool:
+    """Whether a checkpoint of the old kind stands in the graph: parameters within it are no part of that graph."""
+    if all(per_sample(leaf) for leaf in problem.leaves):
+        return False
+    if "reentrant" not in problem.memo:
+        seen: set[Any] = set()
+        ahead = [y.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                ahead += [fn for fn, _ in node.next_functions]
+        problem.memo["reentrant"] = any(node.name() == "CheckpointFunctionBackward" for node in seen)
+    return bool(problem.memo["reentrant"])
 
 
 class _Holder(nn.Module):
