@@ -94,14 +94,15 @@ def _double(model: Any, training: bool) -> Any:
         return model
     twin = copy.deepcopy(model).double().train(training)
     for parameter in twin.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.requires_grad_(False)
     return twin
 
 
 def _sample(inputs: Any, i: int) -> Any:
     def cut(leaf: Any) -> Any:
         part = leaf[i : i + 1].detach().clone()
-        return part.double() if _is_float(part) else part
+        # All inputs require gradients, for the old kind of checkpoint forgets its parameters where none does.
+        return part.double().requires_grad_() if _is_float(part) else part
 
     return pytree.tree_map(cut, inputs)
 
@@ -121,9 +122,9 @@ def _one(twin: Any, sample: Any, wrt: Any, spread: bool, seed: int | None) -> An
         stacked = [
             None
             if leaf is None
-            else torch.stack([row[j] for row in rows]).reshape(*out.shape[1:], *_own_shape(leaf))
+            else torch.stack([row[j] for row in rows]).reshape((*out.shape[1:], *_own_shape(leaf)))
             if rows
-            else torch.zeros(*out.shape[1:], *_own_shape(leaf), dtype=torch.float64)
+            else torch.zeros((*out.shape[1:], *_own_shape(leaf)), dtype=torch.float64)
             for j, leaf in enumerate(leaves)
         ]
         return pytree.tree_unflatten([None if s is None else s.unsqueeze(0).detach() for s in stacked], wrt_spec)
@@ -163,8 +164,11 @@ def _targets(twin: Any, sample: Any, wrt: Any, spread: bool, seed: int | None) -
         return value, _replaced(twin, wrt, value)
     if wrt == "inputs" or wrt.startswith("inputs."):
         tree = sample if wrt == "inputs" else sample[_index(twin, sample, wrt.removeprefix("inputs."))]
-        return pytree.tree_map(lambda t: t.requires_grad_() if _is_float(t) else None, tree), point
-    return _parameters(twin, wrt), point
+        return pytree.tree_map(lambda t: t if _is_float(t) else None, tree), point
+    parameters = _parameters(twin, wrt)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return parameters, point
 
 
 def _parameters(twin: nn.Module, glob: str) -> dict[str, Tensor]:
