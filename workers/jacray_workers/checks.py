@@ -76,8 +76,11 @@ def _computed(prepared: Prepared, batch: Sequence[Tensor], sample: int, at: int,
     elif FROM_JACOBIAN.intersection(prepared.request.returns) and _small(problem):
         # Only products were kept: the method that made them is checked on this sample instead.
         jacobian = pick(plan.method).jacobian(problem, batch)
-    if (arrays := plan.array("weighted_gradient")) and all(a.axis >= 0 for a in arrays) and prepared.cotangents:
-        gradients = [_one(blocks[a.key], a.axis, at, prepared.cotangents.many) for a in arrays]
+    arrays = plan.array("weighted_gradient")
+    if prepared.cotangents is not None and any(a.axis >= 0 for a in arrays):
+        # A gradient that was added over the batch has no sample of its own; `_summed` checks those.
+        many = prepared.cotangents.many
+        gradients = [_one(blocks[a.key], a.axis, at, many) if a.axis >= 0 else None for a in arrays]
         cotangents = _flat(prepared.cotangents.select(sample, sample + 1))[:, 0]
     if (arrays := plan.array("jvp")) and prepared.tangents:
         parts = [_one(blocks[a.key], a.axis, at, prepared.tangents.many) for a in arrays]

@@ -38,7 +38,7 @@ class Computed:
 
     jacobian: Sequence[Any] | None = None
     cotangents: Tensor | None = None
-    gradients: Sequence[Tensor] | None = None
+    gradients: Sequence[Tensor | None] | None = None
     tangents: Sequence[Tensor] | None = None
     pushed: Tensor | None = None
 
