@@ -556,7 +556,13 @@ def test_leading_singular_values(kind: str, shape: tuple[int, int], k: int, dtyp
     scale = float(expected.max())
     assert float((spectrum.values(matrix).double() - expected).abs().max()) <= 32 * unit * scale
     found, good = krylov.largest(
-        lambda v: matrix @ v, lambda u: matrix.mT @ u, tuple(matrix.shape), k, matrix[:0, 0, 0], unit, 0
+        lambda v: matrix @ v.to(dtype),
+        lambda u: matrix.mT @ u.to(dtype),
+        tuple(matrix.shape),
+        k,
+        matrix.device,
+        unit,
+        0,
     )
     # The bound that ends it takes the values left for what they seem: a small factor beyond the promise.
     assert bool(good.all())

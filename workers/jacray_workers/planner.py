@@ -355,7 +355,9 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
     problem, request = case.problem, case.request
     arrays = tuple(_factored(a, best) for a in case.arrays)
     line, rows = _banded(case, best)
-    line = products.memory(problem, request, line, case.budget)
+    kept = best.factored or (False,) * len(problem.leaves)
+    dense = sum(leaf.size for leaf, factored in zip(problem.leaves, kept, strict=True) if not factored)
+    line = products.memory(problem, request, line, case.budget, dense)
     held = sum(sizing.array_bytes(a) for a in arrays if a.axis < 0)
     factors = math.ceil(best.factor_bytes) if any(a.factored for a in arrays) else 0
     per_sample = sizing.bytes_per_sample([a for a in arrays if not a.factored], case.samples) + factors

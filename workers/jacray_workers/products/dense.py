@@ -10,6 +10,10 @@ from torch import Tensor
 
 from jacray_workers.blocks import Block, DenseBlock
 
+# Columns whose products are summed in one go, and numbers that the parts of a sum may hold.
+SLICE = 1 << 14
+PARTIAL = 1 << 22
+
 
 def plain(block: Tensor) -> Tensor:
     """The block as a plain tensor, made dense where it is held in factors."""
@@ -44,6 +48,25 @@ def flat_pieces(blocks: Sequence[Tensor], limit: int, copies: int = 1) -> Iterat
     numbers = sum(block.shape[1:].numel() for block in blocks)
     for piece in pieces(blocks[0].shape[0], 8 * numbers * copies, limit):
         yield piece, flat([block[piece] for block in blocks])
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """`a b^T` for `(m, columns)` and `(n, columns)`.
+
+    Many columns go in slices whose products are added up: where there are few rows, one matrix product keeps neither
+    the caches nor the threads of a CPU busy, and sums that long lose two digits of float32.
+    """
+    if a.shape[1] <= SLICE:
+        return a @ b.mT
+    found = a.new_zeros(a.shape[0], b.shape[0])
+    count = max(1, PARTIAL // max(1, found.numel()))
+    whole = a.shape[1] - a.shape[1] % SLICE
+    for low in range(0, whole, count * SLICE):
+        left, right = (
+            t[:, low : min(low + count * SLICE, whole)].unflatten(1, (-1, SLICE)).transpose(0, 1) for t in (a, b)
+        )
+        found += (left @ right.mT).sum(dim=0)
+    return found.addmm_(a[:, whole:], b[:, whole:].mT)
 
 
 def bytes_of(block: Tensor) -> int:

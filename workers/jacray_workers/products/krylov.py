@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from jacray_workers.problem import Problem
+from jacray_workers.products.dense import inner
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -50,9 +51,16 @@ def numbers(rows: int, columns: int, k: int) -> int:
 def of_dense(jacobian: Tensor, k: int, seed: int) -> Tensor:
     """The k largest singular values of `(b, rows, columns)`, by products with the dense matrix."""
     unit = torch.finfo(jacobian.dtype).eps
-    found, good = largest(
-        lambda v: jacobian @ v, lambda u: jacobian.mT @ u, tuple(jacobian.shape), k, jacobian[:0, 0, 0], unit, seed
-    )
+
+    def push(v: Tensor) -> Tensor:
+        columns = v.to(jacobian.dtype).mT.contiguous()
+        return torch.stack([inner(j, c) for j, c in zip(jacobian, columns, strict=True)])
+
+    def pull(u: Tensor) -> Tensor:
+        return jacobian.mT @ u.to(jacobian.dtype)
+
+    found, good = largest(push, pull, tuple(jacobian.shape), k, jacobian.device, unit, seed)
+    found = found.to(jacobian.dtype)
     for i in (~good).nonzero().flatten().tolist():
         found[i] = torch.linalg.svdvals(jacobian[i])[:k]
     return found
@@ -62,26 +70,24 @@ def of_problem(problem: Problem, kernel: Any, batch: Sequence[Tensor], k: int, s
     """The k largest singular values of a chunk's Jacobians, and which samples' have converged, by passes alone."""
     size, leaves = batch[0].shape[0], problem.leaves
     columns = sum(leaf.size for leaf in leaves)
-    wide = torch.promote_types(problem.dtype, torch.float32)
 
     def push(v: Tensor) -> Tensor:
         parts = v.permute(2, 0, 1).split([leaf.size for leaf in leaves], dim=2)
         shaped = [p.reshape(*p.shape[:2], *leaf.shape).to(leaf.dtype) for p, leaf in zip(parts, leaves, strict=True)]
         found: Tensor = kernel.jvp(problem, batch, shaped)
-        return found.permute(1, 2, 0).to(wide)
+        return found.permute(1, 2, 0)
 
     def pull(u: Tensor) -> Tensor:
         found = kernel.vjp(problem, batch, u.permute(2, 0, 1).to(problem.dtype), per_sample_params=True)
-        flat = [part.reshape(*part.shape[:2], -1).to(wide) for part in found]
+        flat = [part.reshape(*part.shape[:2], part.shape[2:].numel()) for part in found]
         return torch.cat(flat, dim=2).permute(1, 2, 0)
 
     unit = max(torch.finfo(dtype).eps for dtype in (problem.dtype, *(leaf.dtype for leaf in leaves)))
-    like = torch.empty(0, dtype=wide, device=problem.device)
-    return largest(push, pull, (size, problem.rows, columns), k, like, unit, seed)
+    return largest(push, pull, (size, problem.rows, columns), k, problem.device, unit, seed)
 
 
 def largest(
-    push: Operator, pull: Operator, shape: tuple[int, ...], k: int, like: Tensor, unit: float, seed: int
+    push: Operator, pull: Operator, shape: tuple[int, ...], k: int, device: torch.device, unit: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """The k largest singular values, and which samples' have converged.
 
@@ -90,7 +96,8 @@ def largest(
         pull: `(b, rows, w)` to `(b, columns, w)`, the product with J^T.
         shape: b, rows, columns.
         k: how many.
-        like: gives the precision to work in, float32 or float64, and the device.
+        device: where to work, in float64 whatever the products are in: in float32 the bases' long vectors would lose
+            their orthogonality.
         unit: the rounding of the products.
         seed: of the first block, which is the same for every sample.
 
@@ -99,7 +106,7 @@ def largest(
     """
     batch, rows, columns = shape
     forth, back = (pull, push) if rows <= columns else (push, pull)
-    space = _Space(forth, back, batch, min(rows, columns), max(rows, columns), k, like, seed)
+    space = _Space(forth, back, batch, min(rows, columns), max(rows, columns), k, device, seed)
     done = space.bad
     # Twice the passes that a dense Jacobian takes: what has not converged by then is found from one.
     for _ in range(2 * space.side // space.width + BLOCKS):
@@ -114,18 +121,24 @@ class _Space:
     """Bases Q `(b, side, m)` and V `(b, other, m)` with A Q = V T, and the images Z = A^T V `(b, side, m)`."""
 
     def __init__(
-        self, forth: Operator, back: Operator, batch: int, side: int, other: int, k: int, like: Tensor, seed: int
+        self,
+        forth: Operator,
+        back: Operator,
+        batch: int,
+        side: int,
+        other: int,
+        k: int,
+        device: torch.device,
+        seed: int,
     ) -> None:
         self.forth, self.back, self.k, self.side = forth, back, k, side
         self.width = min(block(k), side)
         self.random = torch.Generator().manual_seed(seed)
-        self.q, self.v, self.z = (
-            like.new_zeros(batch, side, 0),
-            like.new_zeros(batch, other, 0),
-            like.new_zeros(batch, side, 0),
-        )
+        like = torch.empty(0, dtype=torch.float64, device=device)
+        self.q, self.z = like.new_zeros(batch, side, 0), like.new_zeros(batch, side, 0)
+        self.v = like.new_zeros(batch, other, 0)
         self.t = like.new_zeros(batch, 0, 0)
-        self.bad = torch.zeros(batch, dtype=torch.bool, device=like.device)
+        self.bad = torch.zeros(batch, dtype=torch.bool, device=device)
         self.values, self.residuals = like.new_zeros(batch, 0), like.new_zeros(batch, 0)
 
     def grow(self) -> None:
@@ -177,7 +190,7 @@ class _Space:
     def _finite(self, images: Tensor) -> Tensor:
         """The images; zeros, from now on, for a sample where one is not finite."""
         self.bad |= ~images.isfinite().all(dim=2).all(dim=1)
-        return torch.where(self.bad[:, None, None], 0.0, images)
+        return torch.where(self.bad[:, None, None], 0.0, images.double())
 
     def _orthonormal(self, block: Tensor, basis: Tensor) -> Tensor:
         """An orthonormal block outside of the basis that spans what the block adds to it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from jacray_workers.errors import BudgetError, Plain, RequestError
 from jacray_workers.explain import size as show
 from jacray_workers.memory import Line
@@ -17,6 +19,8 @@ FROM_JACOBIAN = frozenset(
 PAIRS = frozenset(("gram", "ggn", "fisher"))
 # Directions that a product with many vectors pushes at a time.
 WIDTH = 64
+# Rows up to which singular values wrt parameters come from blocks.
+PARAM_ROWS = 4096
 # What the products' own intermediates may take, as they go piece by piece: a share of the budget, or this.
 PIECE_BYTES = 1 << 26
 PIECE_SHARE = 1 / 16
@@ -36,13 +40,23 @@ def passes(problem: Problem, request: Request, name: str) -> frozenset[str]:
     if name == "jvp":
         return frozenset(("jvp",))
     if (name in PAIRS and request.vectors is not None) or (
-        name == "singular_values" and krylov.pays(problem.rows, columns(problem), request.top_k)
+        name == "singular_values" and top_by_passes(problem, request)
     ):
         return frozenset(("jvp", "vjp"))
     if name == "mean_jacobian" and any(leaf.side == "param" for leaf in problem.leaves):
         # Gradients of shared parameters come summed over the batch: one pass per row, and no block per sample.
         return frozenset(("vjp",))
     return frozenset(("blocks",))
+
+
+def top_by_passes(problem: Problem, request: Request) -> bool:
+    """Whether the leading singular values are found without the Jacobian.
+
+    Those wrt parameters lie close together, and one gradient per sample is as large as a row of the Jacobian: factors
+    serve them better until there are very many rows.
+    """
+    params = any(leaf.side == "param" for leaf in problem.leaves)
+    return krylov.pays(problem.rows, columns(problem), request.top_k) and (not params or problem.rows > PARAM_ROWS)
 
 
 def from_blocks(problem: Problem, request: Request) -> tuple[str, ...]:
@@ -81,11 +95,11 @@ def piece(budget: int) -> int:
     return min(PIECE_BYTES, int(budget * PIECE_SHARE))
 
 
-def memory(problem: Problem, request: Request, line: Line, budget: int) -> Line:
+def memory(problem: Problem, request: Request, line: Line, budget: int, dense: int) -> Line:
     """A chunk's peak by its samples, from that of computing the blocks or passes alone.
 
     What results hold beside: sums in the blocks' precision until they are added, copies of one sample's Jacobian at
-    least, the second side of `ntk`, the basis of a Krylov space.
+    least, the second side of `ntk`, the basis of a Krylov space. `dense` counts the columns whose blocks are dense.
     """
     item = max(problem.dtype.itemsize, 4)
     base, slope = line.base, line.slope
@@ -93,6 +107,8 @@ def memory(problem: Problem, request: Request, line: Line, budget: int) -> Line:
     for name in request.returns:
         if name in PAIRS and request.vectors is None:
             base += columns(problem) ** 2 * item + max(piece(budget), 2 * item * whole)
+        elif name == "singular_values" and dense < columns(problem) and problem.dtype != torch.float64:
+            base += 32 * problem.rows**2 + 16 * problem.rows * dense
         elif name in ("singular_values", "logabsdet") and "blocks" in passes(problem, request, name):
             base += max(piece(budget), 24 * whole)
         elif name == "mean_jacobian":
@@ -100,8 +116,8 @@ def memory(problem: Problem, request: Request, line: Line, budget: int) -> Line:
     if "ntk" in request.returns:
         base += max(piece(budget), 16 * problem.rows**2)
         slope *= 2
-    if "singular_values" in request.returns and krylov.pays(problem.rows, columns(problem), request.top_k):
-        slope += krylov.numbers(problem.rows, columns(problem), request.top_k or 1) * item
+    if "singular_values" in request.returns and top_by_passes(problem, request):
+        slope += krylov.numbers(problem.rows, columns(problem), request.top_k or 1) * 8
     return Line(base, slope)
 
 

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from jacray_workers.blocks import Block
 from jacray_workers.blocks_terms import Outer
-from jacray_workers.products.dense import factored, matrix, pieces, plain, widened
+from jacray_workers.products.dense import factored, inner, matrix, pieces, plain, widened
 
 # Rows whose products with each other are made when only equal ones are wanted.
 ROWS = 8
-# Columns of dense blocks that are multiplied at a time.
-SLICE = 1 << 14
 
 
 def products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -42,7 +40,7 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
     if factored(a) and factored(b):
         return widened(a.gram(b))
     left, right = (widened(matrix(block)) for block in (a, b))
-    product = times_transpose(left.flatten(0, 1), right.flatten(0, 1))
+    product = inner(left.flatten(0, 1), right.flatten(0, 1))
     return product.view(*left.shape[:2], *right.shape[:2])
 
 
@@ -51,22 +49,7 @@ def _trace(a: Tensor, b: Tensor) -> Tensor:
     if factored(a) and factored(b):
         return _trace_of_factors(a, b)
     left, right = (widened(plain(block)).flatten(1) for block in (a, b))
-    return times_transpose(left, right)
-
-
-def times_transpose(a: Tensor, b: Tensor) -> Tensor:
-    """`a b^T` for `(m, columns)` and `(n, columns)` with many more columns than rows.
-
-    On a CPU the columns go in slices whose products are added up: a matrix product of such a shape keeps neither the
-    caches nor the threads busy. It also shortens the sums.
-    """
-    columns = a.shape[1]
-    whole = columns - columns % SLICE
-    if a.device.type != "cpu" or whole <= SLICE:
-        return a @ b.mT
-    slices = [t[:, :whole].unflatten(1, (-1, SLICE)).transpose(0, 1) for t in (a, b)]
-    found: Tensor = (slices[0] @ slices[1].mT).sum(dim=0)
-    return found if whole == columns else found.addmm_(a[:, whole:], b[:, whole:].mT)
+    return inner(left, right)
 
 
 def _trace_of_factors(a: Block, b: Block) -> Tensor:

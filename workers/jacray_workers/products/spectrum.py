@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jacray_workers.blocks import Block, as_block
 from jacray_workers.products import krylov
-from jacray_workers.products.dense import factored, flat, flat_pieces, matrix, pieces, widened
+from jacray_workers.products.dense import factored, flat, flat_pieces, matrix, pieces
 
 # From this ratio of the sides on, the small one is worked on; LAPACK's own drivers change their way at about 1.8.
 TALL = 2
@@ -51,10 +51,11 @@ def singular_values(blocks: Sequence[Tensor], top_k: int | None, seed: int, piec
 
     `piece` bounds the bytes of intermediates, one sample's at least.
     """
-    if all(factored(block) and block.dtype != torch.float64 for block in blocks):
+    if any(factored(block) for block in blocks) and all(block.dtype != torch.float64 for block in blocks):
         return _from_factors(blocks)[:, :top_k]
     rows, columns = blocks[0].shape[1], sum(block.shape[2:].numel() for block in blocks)
-    lanczos = krylov.pays(rows, columns, top_k)
+    # From a dense wide matrix all values are about as cheap.
+    lanczos = krylov.pays(rows, columns, top_k) and max(rows, columns) < TALL * min(rows, columns)
     found = [
         krylov.of_dense(part, top_k or 1, seed) if lanczos else values(part)
         for _, part in flat_pieces(blocks, piece, 3)
@@ -118,7 +119,9 @@ def _from_factors(blocks: Sequence[Tensor]) -> Tensor:
     good = gram.isfinite().all(dim=2).all(dim=1)
     found = _roots(torch.where(good[:, None, None], gram, 0.0))
     rank = min(blocks[0].shape[1], sum(block.shape[2:].numel() for block in blocks))
-    return torch.where(good.unsqueeze(1), found, torch.nan)[:, :rank].to(widened(blocks[0][:0, :0]).dtype)
+    return torch.where(good.unsqueeze(1), found, torch.nan)[:, :rank].to(
+        torch.promote_types(blocks[0].dtype, torch.float32)
+    )
 
 
 def _wide(block: Tensor) -> Block:
