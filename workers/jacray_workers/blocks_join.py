@@ -58,6 +58,13 @@ def cat_positions(terms: Sequence[Term]) -> Term:
     return terms[0].with_parts(parts)
 
 
+def cast(term: Term, dtype: torch.dtype) -> Term:
+    """The term with every floating-point part in one precision: activations and cotangents may differ in theirs."""
+    if all(part.dtype == dtype for part in term.cast_parts()):
+        return term
+    return term.map(lambda part: part.to(dtype) if part.is_floating_point() else part)
+
+
 def trimmed(term: Term) -> Term:
     """The term without the positions where no cotangent arrived, as all but one of them where a model reads one token.
 

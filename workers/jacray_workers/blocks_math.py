@@ -9,7 +9,8 @@ Source: Novak, Sohl-Dickstein and Schoenholz, "Fast finite width neural tangent 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def gram(t: Term, u: Term, shape: tuple[int, ...]) -> Tensor:
             return _parts(t)[0].new_zeros(*t.size, *u.size)
         return _dense_gram(_whole(t, shape), _whole(u, shape))
     if isinstance(t, Lookup) and isinstance(u, Lookup):
-        return _pair_gram(_matches(t, u), t.g.unsqueeze(2), u.g.unsqueeze(2))
+        return _pair_gram(partial(_matches, t.index, u.index, t.g.dtype), t.g.unsqueeze(2), u.g.unsqueeze(2))
     if isinstance(t, Lookup) and isinstance(u, Outer) and not u.flip:
         return _tied_gram(t, u)
     if isinstance(u, Lookup) and isinstance(t, Outer) and not t.flip:
@@ -58,8 +59,7 @@ def _outer_gram(t: Outer | Conv, u: Outer | Conv) -> Tensor:
         return products.reshape(*t.size, *u.size) * (a[:, 0, 0] @ b[:, 0, 0].mT)[:, None, :, None]
     if _dense_cost(a, g, h) < _pair_cost(a, b, g, h):
         return _dense_gram(t, u)
-    weights = torch.einsum("bgsi,cgti->gbsct", a, b)
-    return _pair_gram(weights, g, h)
+    return _pair_gram(lambda some: torch.einsum("bgsi,cgti->gbsct", a, b[some]), g, h)
 
 
 def _dense_cost(a: Tensor, g: Tensor, h: Tensor) -> float:
@@ -77,27 +77,33 @@ def _pair_cost(a: Tensor, b: Tensor, g: Tensor, h: Tensor) -> float:
     return float(a.shape[1]) * left * right * b.shape[3] + width * (left * right * h.shape[1] + rows * g.shape[3])
 
 
-def _pair_gram(weights: Tensor, g: Tensor, h: Tensor) -> Tensor:
-    """`weights` `(G, B, S, B', S')`, `g` `(B, R, G, S, O)`, `h` `(B', R', G, S', O)`: `(B, R, B', R')`."""
-    groups, batch, places, others, _ = weights.shape
-    rows, more, width = g.shape[1], h.shape[1], g.shape[4]
+def _pair_gram(weights: Callable[[slice], Tensor], g: Tensor, h: Tensor) -> Tensor:
+    """The sum over pairs of positions of `weights` times the products of cotangents: `(B, R, B', R')`.
+
+    Args:
+        weights: for some samples of the second block, `(G, B, S, B', S')`.
+        g: `(B, R, G, S, O)`.
+        h: `(B', R', G, S', O)`.
+    """
+    batch, rows, groups, places, width = g.shape
+    others, more = h.shape[:2]
     found = g.new_empty(batch, rows, others, more)
-    step = max(1, LIMIT // max(1, groups * batch * places * more * width))
+    step = max(1, LIMIT // max(1, groups * batch * places * max(more * width, h.shape[3])))
     flat = g.flatten(2)
     for low in range(0, others, step):
-        part = slice(low, min(low + step, others))
-        right = h[part].permute(2, 0, 3, 1, 4).flatten(3)
-        left = weights[:, :, :, part].permute(0, 3, 1, 2, 4).flatten(2, 3)
+        some = slice(low, min(low + step, others))
+        right = h[some].permute(2, 0, 3, 1, 4).flatten(3)
+        left = weights(some).permute(0, 3, 1, 2, 4).flatten(2, 3)
         carried = (left.to(right.dtype) @ right).unflatten(2, (batch, places)).unflatten(4, (more, width))
         # (G, b', B, S, R', O) to (B, G S O, b' R')
         columns = carried.permute(2, 0, 3, 5, 1, 4).flatten(1, 3).flatten(2)
-        found[:, :, part] = (flat @ columns).unflatten(2, (-1, more))
+        found[:, :, some] = (flat @ columns).unflatten(2, (-1, more))
     return found
 
 
-def _matches(t: Lookup, u: Lookup) -> Tensor:
+def _matches(here: Tensor, there: Tensor, dtype: torch.dtype, some: slice) -> Tensor:
     """1 where two positions looked up the same row: `(1, B, S, B', S')`."""
-    return (t.index[:, :, None, None] == u.index).unsqueeze(0).to(t.g.dtype)
+    return (here[:, :, None, None] == there[some]).unsqueeze(0).to(dtype)
 
 
 def _tied_gram(t: Lookup, u: Outer) -> Tensor:

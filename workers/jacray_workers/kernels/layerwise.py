@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from jacray_workers.blocks import Block, DenseBlock, dense_block, smaller, write_terms
-from jacray_workers.blocks_join import cat_terms
+from jacray_workers.blocks_join import cast, cat_terms
 from jacray_workers.blocks_terms import Dense, Term
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels.common import blocks_for, per_sample, spans
@@ -89,7 +89,8 @@ def _factored(tape: Tape, rows: range, width: int | None, form: Form) -> list[Te
             bands_of_leaf = [g for g in grads if g is not None]
             found.append((bands_of_leaf[0] if len(bands) == 1 else torch.cat(bands_of_leaf)).transpose(0, 1))
         else:
-            terms = _all_rows([band.terms[i] for band in bands])
+            dtype = torch.promote_types(leaf.dtype, tape.problem.dtype)
+            terms = [cast(term, dtype) for term in _all_rows([band.terms[i] for band in bands])]
             found.append(_block(tape, leaf, terms, len(rows), form))
     return found
 
