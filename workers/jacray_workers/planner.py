@@ -47,6 +47,7 @@ class Case:
     batch: list[Tensor]
     known: trial.Reference | None
     standing: Standing
+    alike: tuple[bool, ...]
 
     @property
     def samples(self) -> int:
@@ -97,6 +98,7 @@ def choose(
             batch,
             trial.reference(problem, batch, request.seed, rows),
             standing,
+            tuple(part.shape[1] == 1 for part in vs.parts) if vs else (False,) * len(problem.leaves),
         )
         field = _field(case)
         runners = [tried for tried in field if tried.line is not None]
@@ -290,8 +292,10 @@ def _runner(
         return lambda: kernel.vjp(problem, batch, u, per_sample_params=request.reduction == "none")
     if case.work in ("jvp", "both"):
         vs = [
-            torch.ones(case.directions, size, *leaf.shape, dtype=leaf.dtype, device=problem.device)
-            for leaf in problem.leaves
+            torch.ones(case.directions, width, *leaf.shape, dtype=leaf.dtype, device=problem.device).expand(
+                -1, size, *leaf.shape
+            )
+            for leaf, width in zip(problem.leaves, (1 if alike else size for alike in case.alike), strict=True)
         ]
         if case.work == "jvp":
             return lambda: [kernel.jvp(problem, batch, vs)]

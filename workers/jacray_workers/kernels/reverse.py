@@ -101,8 +101,13 @@ def _vjp_of_batch(problem: Problem, values: list[Tensor], batch: Sequence[Tensor
 
 
 def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
-    """`tangents`, one `(K, B, *leaf)` per leaf, pushed forward: `(K, B, rows)`."""
+    """`tangents`, one `(K, B, *leaf)` per leaf, pushed forward: `(K, B, rows)`.
+
+    One tangent for all samples of a parameter, expanded over B, is used as one: its product is then one matrix product.
+    """
     values = problem.values(batch)
+    shared = [not per_sample(leaf) and v.stride(1) == 0 for leaf, v in zip(problem.leaves, tangents, strict=True)]
+    handed = [v[:, 0] if alike else v for v, alike in zip(tangents, shared, strict=True)]
 
     def one(sample_values: tuple[Tensor, ...], sample: tuple[Tensor, ...], vs: tuple[Tensor, ...]) -> Tensor:
         function = sample_function(problem, sample)
@@ -114,9 +119,9 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
         pushed: Tensor = vmap(push, randomness="same")(*vs)
         return pushed
 
-    dims = (leaf_dims(problem), (0,) * len(batch), (1,) * len(problem.leaves))
+    dims = (leaf_dims(problem), (0,) * len(batch), tuple(None if alike else 1 for alike in shared))
     with math_attention():
-        found: Tensor = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch), tuple(tangents))
+        found: Tensor = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch), tuple(handed))
     return found.transpose(0, 1)
 
 
