@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jacray_workers.errors import MethodError
-from jacray_workers.kernels.common import basis, blocks_for, per_sample
+from jacray_workers.kernels.common import basis, blocks_for, math_attention, per_sample
 from jacray_workers.problem import Problem
 
 # Numbers in flight up to which a pass is all overhead: folding the rows into the batch then beats one pass per row.
@@ -203,15 +203,19 @@ def _vjp_by_sample(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor
 def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """The push-forward as the derivative of the pull-back wrt its cotangent: two backwards per tangent.
 
+    A parameter's tangents of their own for every sample take one sample at a time; one expanded over B does not.
+
     Source: J. Townsend, "A new trick for calculating Jacobian vector products" (2017).
     """
-    if not all(per_sample(leaf) for leaf in problem.leaves) and batch[0].shape[0] > 1:
+    apart = any(not per_sample(leaf) and t.stride(1) != 0 for leaf, t in zip(problem.leaves, tangents, strict=True))
+    if apart and batch[0].shape[0] > 1:
         parts = [
             jvp(problem, [leaf[i : i + 1] for leaf in batch], [t[:, i : i + 1] for t in tangents])
             for i in range(batch[0].shape[0])
         ]
         return torch.cat(parts, dim=1)
-    return on_graph(problem, batch, lambda values, y, _: _push(problem, values, y, tangents))
+    with math_attention():
+        return on_graph(problem, batch, lambda values, y, _: _push(problem, values, y, tangents))
 
 
 def _push(problem: Problem, values: Sequence[Tensor], y: Tensor, tangents: Sequence[Tensor]) -> Tensor:
