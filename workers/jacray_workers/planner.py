@@ -84,6 +84,7 @@ def choose(
         standing = stand(problem, trial.first_samples(problem, leaves, min(leaves[0].shape[0], 4)))
         rows = _trial_rows(problem, work, budget)
         _require_no_stray(problem, batch)
+        one = pricing.forward_cost(problem, [leaf[:1] for leaf in batch])
         case = Case(
             problem,
             leaves,
@@ -93,10 +94,10 @@ def choose(
             work,
             _directions(problem, request, ks, vs),
             budget,
-            pricing.forward_cost(problem, [leaf[:1] for leaf in batch]),
+            one,
             pricing.machine(problem.device, torch.get_num_threads()),
             batch,
-            trial.reference(problem, batch, request.seed, rows),
+            trial.reference(problem, batch, request.seed, rows, one.coarsest),
             standing,
             tuple(part.shape[1] == 1 for part in vs.parts) if vs else (False,) * len(problem.leaves),
         )

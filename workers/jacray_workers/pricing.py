@@ -46,11 +46,13 @@ class Forward:
         operations: floating-point operations.
         bytes: bytes of every tensor it makes.
         launches: calls of operators.
+        coarsest: the least precise float type that it passes through.
     """
 
     operations: float
     bytes: float
     launches: float
+    coarsest: torch.dtype
 
 
 @functools.cache
@@ -105,10 +107,11 @@ def once(work: Callable[[], Any], device: torch.device) -> float:
 class _Count(Watcher):
     """Counts operators, their arithmetic where torch has a formula for it, and the bytes of what they make."""
 
-    def __init__(self) -> None:
+    def __init__(self, coarsest: torch.dtype) -> None:
         super().__init__()
         self.launches = 0
         self.operations = 0
+        self.coarsest = coarsest
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,15 +123,20 @@ class _Count(Watcher):
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and not func.is_view:
                 self.bytes += tensor.nbytes
+                self._see(tensor.dtype)
         return result
+
+    def _see(self, dtype: torch.dtype) -> None:
+        if dtype.is_floating_point and torch.finfo(dtype).eps > torch.finfo(self.coarsest).eps:
+            self.coarsest = dtype
 
 
 def forward_cost(problem: Problem, batch_of_one: Sequence[Tensor]) -> Forward:
     """Run the model once and count."""
     values = problem.values(batch_of_one)
-    with torch.no_grad(), _Count() as count:
+    with torch.no_grad(), _Count(problem.dtype) as count:
         problem.forward(values, batch_of_one)
-    return Forward(float(count.operations), float(count.bytes), float(count.launches))
+    return Forward(float(count.operations), float(count.bytes), float(count.launches), count.coarsest)
 
 
 @dataclass(frozen=True)

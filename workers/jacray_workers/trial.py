@@ -32,14 +32,18 @@ class Reference:
         cotangent: `(1, b, rows)`, random.
         grads: per leaf, `(1, b, *leaf)`.
         rows: the rows on which the cotangent is not zero; trials of methods that go row by row need only these.
+        dtype: the coarsest precision that the model passes through, which decides how far answers may lie apart.
     """
 
     cotangent: Tensor
     grads: list[Tensor]
     rows: range
+    dtype: torch.dtype
 
 
-def reference(problem: Problem, batch: Sequence[Tensor], seed: int, rows: range) -> Reference | None:
+def reference(
+    problem: Problem, batch: Sequence[Tensor], seed: int, rows: range, dtype: torch.dtype
+) -> Reference | None:
     """Pull a random cotangent back by plain autograd; None where the model does not let that run."""
     size = batch[0].shape[0]
     random = torch.Generator().manual_seed(seed)
@@ -54,7 +58,7 @@ def reference(problem: Problem, batch: Sequence[Tensor], seed: int, rows: range)
         if out_of_memory(error):
             raise
         return None
-    return Reference(u, [torch.cat(grads, dim=1) for grads in zip(*parts, strict=True)], rows)
+    return Reference(u, [torch.cat(grads, dim=1) for grads in zip(*parts, strict=True)], rows, dtype)
 
 
 def disagreement(found: Sequence[Tensor], known: Reference) -> float:
@@ -69,7 +73,7 @@ def disagreement(found: Sequence[Tensor], known: Reference) -> float:
         # The terms of the sum may be larger than the sum: their cancellation is not disagreement.
         terms = float(dense.abs().amax() * u.abs().amax()) if dense.numel() else 0.0
         gaps.append(_gap(torch.einsum("br,br...->b...", u, dense), grad[0].double(), terms))
-    return _worst(gaps, known.cotangent.dtype)
+    return _worst(gaps, known.dtype)
 
 
 def vjp_disagreement(problem: Problem, found: Sequence[Tensor], known: Reference, summed: bool) -> float:
@@ -78,7 +82,7 @@ def vjp_disagreement(problem: Problem, found: Sequence[Tensor], known: Reference
     for leaf, mine, grad in zip(problem.leaves, found, known.grads, strict=True):
         right = grad[0].sum(dim=0) if summed and not per_sample(leaf) else grad[0]
         gaps.append(_gap(mine[0].double(), right.double(), 0.0))
-    return _worst(gaps, known.cotangent.dtype)
+    return _worst(gaps, known.dtype)
 
 
 def jvp_disagreement(pushed: Tensor, known: Reference) -> float:
@@ -87,7 +91,7 @@ def jvp_disagreement(pushed: Tensor, known: Reference) -> float:
     right = torch.stack([grad[0].double().reshape(len(terms), -1).sum(dim=1) for grad in known.grads]).sum(dim=0)
     sizes = [float(grad.double().abs().amax()) for grad in known.grads if grad.numel()]
     size = max([*sizes, float(terms.abs().amax()) if terms.numel() else 0.0])
-    return _worst([_gap(terms.sum(dim=1), right, size)], known.cotangent.dtype)
+    return _worst([_gap(terms.sum(dim=1), right, size)], known.dtype)
 
 
 def _gap(a: Tensor, b: Tensor, terms: float) -> tuple[float, float]:
@@ -188,7 +192,9 @@ def admits(method: str, problem: Problem, known: Reference | None, run: Callable
         if out_of_memory(failure):
             raise
         return why(failure)
-    if known is not None and error > AGREEMENT[problem.dtype]:
+    if known is not None and math.isinf(error):
+        return "gives NaN or infinity where plain autograd gives a finite number"
+    if known is not None and error > AGREEMENT[known.dtype]:
         return f"disagrees with plain autograd by {error:.1e} of the size of the result"
     return ""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacray_workers.problem import Leaf, Problem
 
@@ -34,6 +36,11 @@ def sample_function(problem: Problem, sample: Sequence[Tensor]) -> Sample:
         return problem.forward(full, batch)[0]
 
     return function
+
+
+def math_attention() -> AbstractContextManager[None]:
+    """Attention by the unfused kernel: only that one has rules for vmap, for forward mode and for a second backward."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def basis(rows: range, total: int, like: Tensor) -> Tensor:

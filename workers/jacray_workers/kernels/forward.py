@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.func import vmap
 
 from jacray_workers.kernels import reverse
-from jacray_workers.kernels.common import basis, blocks_for, leaf_dims, per_sample, sample_function, spans
+from jacray_workers.kernels.common import (
+    basis,
+    blocks_for,
+    leaf_dims,
+    math_attention,
+    per_sample,
+    sample_function,
+    spans,
+)
 from jacray_workers.problem import Problem
 
 WIDTH = 256
@@ -73,7 +81,7 @@ def _push(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor], i
         return columns.transpose(0, 1)
 
     dims = (leaf_dims(problem), (0,) * len(batch))
-    with reverse.math_attention():
+    with math_attention():
         found: Tensor = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch))
     return found
 

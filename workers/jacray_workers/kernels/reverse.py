@@ -6,15 +6,21 @@ Source: the torch.func documentation of `vmap` and `jacrev`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.func import vjp as func_vjp
 from torch.func import vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jacray_workers.kernels.common import basis, blocks_for, leaf_dims, per_sample, sample_function, spans
+from jacray_workers.kernels.common import (
+    basis,
+    blocks_for,
+    leaf_dims,
+    math_attention,
+    per_sample,
+    sample_function,
+    spans,
+)
 from jacray_workers.problem import Problem
 
 CHUNKS_ITSELF = True
@@ -123,8 +129,3 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
     with math_attention():
         found: Tensor = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch), tuple(handed))
     return found.transpose(0, 1)
-
-
-def math_attention() -> AbstractContextManager[None]:
-    """Attention by the unfused kernel: only that one has a rule for vmap and for forward mode."""
-    return sdpa_kernel(SDPBackend.MATH)
