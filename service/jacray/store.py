@@ -189,7 +189,7 @@ def _write_factors(store: Store, array: ArrayPlan, block: Any) -> None:
 
 
 def _read_factors(group: zarr.Group, start: int, stop: int) -> Tensor:
-    from jacray_workers.blocks import Block
+    from jacray_workers.blocks.block import Block
 
     meta: Any = group.attrs["block"]
     factors = {name: np.asarray(part[start:stop]) for name, part in group.arrays()}

@@ -56,7 +56,7 @@ def _with_directions(run: Run, model: nn.Module, loaded: Loaded) -> Request:
 
 def _outputs(model: nn.Module, loaded: Loaded, request: Request, argument: str) -> int:
     """How many outputs a sample has, for a one-hot that leaves it open."""
-    from jacray_workers.resolve import resolve
+    from jacray_workers.problem.resolve import resolve
 
     problem, _ = resolve(model, loaded.inputs, request.model_copy(update={"weights": None, "vectors": None}))
     outs = problem.outs

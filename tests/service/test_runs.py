@@ -15,7 +15,7 @@ import xarray
 from jacray import emit, spec, store
 from jacray.cli import main
 from jacray.folders import RunFolder, differences, replacing
-from jacray_workers.blocks import Block
+from jacray_workers.blocks.block import Block
 from jacray_workers.errors import SpecError, UserError
 from safetensors.torch import save_file
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jacray import store
 from jacray.chunks import CHUNK_BYTES, LARGE_BYTES, chunk_shape, dimension_names
 from jacray.trees import from_json, to_json
-from jacray_workers.blocks import Block
-from jacray_workers.blocks_terms import Outer
+from jacray_workers.blocks.block import Block
+from jacray_workers.blocks.terms import Outer
 from jacray_workers.errors import UserError
 from jacray_workers.plan import ArrayPlan, Candidate, Plan
 

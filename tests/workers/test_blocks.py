@@ -14,9 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jacray_workers.blocks import Block, DenseBlock, dense_block
-from jacray_workers.blocks_terms import Conv, Dense, Lookup, Outer, Term, View
-from jacray_workers.blocks_windows import Window
+from jacray_workers.blocks.block import Block, DenseBlock, dense_block
+from jacray_workers.blocks.terms import Conv, Dense, Lookup, Outer, Term, View
+from jacray_workers.blocks.windows import Window
 from torch import Tensor
 
 B, R, S, O, I = 3, 4, 2, 5, 6  # noqa: E741 - samples, rows, positions, output and input features

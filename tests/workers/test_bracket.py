@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jacray_workers.bracket import Bracket, Chain, gain, merge, pure, solve, useful
+from jacray_workers.chain.bracket import Bracket, Chain, gain, merge, pure, solve, useful
 
 
 @st.composite

@@ -8,12 +8,12 @@ import re
 
 import pytest
 import torch
-from jacray_workers import bracket, chaining, cuts
-from jacray_workers.bracket import Bracket
+from jacray_workers.chain import bracket, chaining, cuts
+from jacray_workers.chain.bracket import Bracket
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels import chain
+from jacray_workers.problem.resolve import place, resolve
 from jacray_workers.request import make_request
-from jacray_workers.resolve import place, resolve
 from torch import nn
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

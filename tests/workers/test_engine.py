@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from jacray_workers import chaining
+from jacray_workers.chain import chaining
 from jacray_workers.engine import assemble, combine, prepare, run_shard
 from jacray_workers.errors import InputError, JobError
 from jacray_workers.kernels import NAMES

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jacray_workers import expression
 from jacray_workers.errors import SpecError
-from jacray_workers.expression import parse
+from jacray_workers.models import expression
+from jacray_workers.models.expression import parse
 
 A = torch.tensor([2.0, 3.0], dtype=torch.float64)
 B = torch.tensor([[1.0, -2.0], [0.5, 4.0]], dtype=torch.float64)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from jacray_workers import finite
-from jacray_workers.finite import locate
 from jacray_workers.shard import NonFinite
+from jacray_workers.trust import finite
+from jacray_workers.trust.finite import locate
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
@@ -59,7 +59,7 @@ def test_one_number_per_sample():
 
 
 def test_a_factored_block_is_dense_only_where_it_is_bad():
-    blocks = pytest.importorskip("jacray_workers.blocks")
+    blocks = pytest.importorskip("jacray_workers.blocks.block")
     x = torch.ones(4, 2, 3)
     assert locate("j", blocks.as_block(x, (3,))) is None
     x[2, 1, 0] = math.nan

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from jacray_workers.errors import CoupledSamplesError
-from jacray_workers.independence import probe, require
+from jacray_workers.problem.resolve import place, resolve
 from jacray_workers.request import make_request
-from jacray_workers.resolve import place, resolve
+from jacray_workers.trust.independence import probe, require
 from torch import nn
 
 

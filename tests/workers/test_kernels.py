@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from jacray_workers import chaining
+from jacray_workers.chain import chaining
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels import NAMES, backward_loop, common, lacks, pick
-from jacray_workers.problem import Problem
+from jacray_workers.problem.problem import Problem
+from jacray_workers.problem.resolve import place, resolve
 from jacray_workers.request import make_request
-from jacray_workers.resolve import place, resolve
 from torch import nn
 
 from tests import reference

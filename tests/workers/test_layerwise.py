@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jacray_workers.blocks import Block
+from jacray_workers.blocks.block import Block
 from jacray_workers.kernels import layerwise
-from jacray_workers.problem import Problem
+from jacray_workers.problem.problem import Problem
+from jacray_workers.problem.resolve import place, resolve
 from jacray_workers.request import make_request
-from jacray_workers.resolve import place, resolve
 from torch import Tensor, nn
 
 from tests import reference

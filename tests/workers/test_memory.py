@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from jacray_workers import memory
 from jacray_workers.errors import BudgetError
-from jacray_workers.memory import Line, fit
+from jacray_workers.planning import memory
+from jacray_workers.planning.memory import Line, fit
 from jacray_workers.request import budget_bytes
 from torch import Tensor, nn
 

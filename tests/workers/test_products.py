@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jacray_workers import kernels, memory, products
+from jacray_workers import kernels, products
 from jacray_workers.engine import prepare, run_shard
 from jacray_workers.errors import BudgetError, JobError, RequestError
+from jacray_workers.planning import memory
 from jacray_workers.products import krylov, pairs, spectrum
 from jacray_workers.products.band import Band, Unit
 from jacray_workers.request import make_request

@@ -18,8 +18,8 @@ from jacray_workers.errors import (
     RequestError,
     UserError,
 )
+from jacray_workers.problem.resolve import pick_device, resolve
 from jacray_workers.request import make_request
-from jacray_workers.resolve import pick_device, resolve
 from torch import nn
 
 from tests.door import compute

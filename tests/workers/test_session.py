@@ -11,10 +11,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from jacray_workers import pricing
 from jacray_workers.errors import CoupledSamplesError, JacrayError, MethodError
 from jacray_workers.kernels import NAMES
-from jacray_workers.session import session
+from jacray_workers.planning import pricing
+from jacray_workers.problem.session import session
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.utils import parametrizations

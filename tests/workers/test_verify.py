@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from jacray_workers import projection
 from jacray_workers.errors import VerificationError
 from jacray_workers.kernels import backward_loop
-from jacray_workers.reference import in_float64
+from jacray_workers.problem.resolve import place, resolve
 from jacray_workers.request import make_request
-from jacray_workers.resolve import place, resolve
-from jacray_workers.verify import Computed, check_sample, check_sum, raise_if_failed
+from jacray_workers.trust import projection
+from jacray_workers.trust.reference import in_float64
+from jacray_workers.trust.verify import Computed, check_sample, check_sum, raise_if_failed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -558,7 +558,7 @@ def test_tokens_and_several_leaves_and_outputs():
 
 @pytest.mark.parametrize("limit", [0, 1 << 25])
 def test_factored_blocks(limit, monkeypatch):
-    blocks = pytest.importorskip("jacray_workers.blocks")
+    blocks = pytest.importorskip("jacray_workers.blocks.block")
     monkeypatch.setattr(projection, "FACTORED", limit)
     problem, batch = entry("mlp tanh", "float32", "params")
     with problem.session():

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jacray_workers.errors import RequestError
+from jacray_workers.problem.resolve import resolve
+from jacray_workers.problem.weights import cotangents, tangents
 from jacray_workers.request import make_request
-from jacray_workers.resolve import resolve
-from jacray_workers.weights import cotangents, tangents
 from torch import nn
 
 from tests.door import compute

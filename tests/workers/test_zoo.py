@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jacray_workers import planner
 from jacray_workers.kernels import NAMES, lacks
+from jacray_workers.planning import planner
 from torch.utils import _pytree as pytree
 
 from tests import reference

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jacray_workers import planner
 from jacray_workers.errors import JacrayError, UserError
 from jacray_workers.kernels import NAMES
+from jacray_workers.planning import planner
 from torch.utils import _pytree as pytree
 
 from tests import reference

@@ -6,7 +6,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from jacray_workers.plan import ArrayPlan
-from jacray_workers.problem import Leaf, Out, Problem
+from jacray_workers.problem.problem import Leaf, Out, Problem
 from jacray_workers.request import Request
 
 

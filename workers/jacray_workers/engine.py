@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacray_workers import cache, planner, products, weights
+from jacray_workers import products
 from jacray_workers.arrays import ArrayPlanner, structure
-from jacray_workers.blocks import Block, dense_block
+from jacray_workers.blocks.block import Block, dense_block
 from jacray_workers.errors import InputError
 from jacray_workers.plan import ArrayPlan, Plan
-from jacray_workers.problem import Problem
+from jacray_workers.planning import planner
+from jacray_workers.problem import cache, weights
+from jacray_workers.problem.problem import Problem
+from jacray_workers.problem.resolve import resolve
+from jacray_workers.problem.weights import Directions
 from jacray_workers.request import Request
-from jacray_workers.resolve import resolve
 from jacray_workers.run import run_shard
 from jacray_workers.shard import ShardResult
-from jacray_workers.weights import Directions
 
 __all__ = ["Prepared", "assemble", "combine", "prepare", "run_shard"]
 

@@ -168,6 +168,6 @@ class Plan:
 
     def explain(self) -> str:
         """The plan in words: what was chosen and why, and a table of every method with its price or its refusal."""
-        from jacray_workers.explain import explain_plan
+        from jacray_workers.planning.explain import explain_plan
 
         return explain_plan(self)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jacray_workers import finite
-from jacray_workers.checks import check_shard
 from jacray_workers.errors import BudgetError, JobError, NonFiniteError
 from jacray_workers.kernels import pick
 from jacray_workers.kernels.common import blocks_for
-from jacray_workers.memory import out_of_memory, release
 from jacray_workers.plan import ArrayPlan, Shard
-from jacray_workers.reduce import Reducer
-from jacray_workers.resolve import place
+from jacray_workers.planning.memory import out_of_memory, release
+from jacray_workers.problem.resolve import place
+from jacray_workers.products.reduce import Reducer
 from jacray_workers.shard import NonFinite, ShardResult
+from jacray_workers.trust import finite
+from jacray_workers.trust.checks import check_shard
 
 if TYPE_CHECKING:
     from jacray_workers.engine import Prepared

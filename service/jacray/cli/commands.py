@@ -68,7 +68,7 @@ def compute(run: Run, work: Work) -> Result:
 
 def _check_room(run: Run, needed: int) -> None:
     """Refuse a result that the disk cannot hold, while nothing much is computed yet."""
-    from jacray_workers.explain import size
+    from jacray_workers.planning.explain import size
 
     above = next(p for p in (run.folder, *run.folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(above).free

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from jacray_workers.errors import JobError, ModelError
 from jacray_workers.plan import Plan, Shard
-from jacray_workers.problem import as_module
+from jacray_workers.problem.problem import as_module
 from jacray_workers.request import Request
 from jacray_workers.shard import ShardResult
 from torch import Tensor

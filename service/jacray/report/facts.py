@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jacray_workers.explain import count, size
 from jacray_workers.plan import ArrayPlan, Candidate, Plan
+from jacray_workers.planning.explain import count, size
 
 from jacray.report.texts import describe, duration, number, plural, sentence, shape, words
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels.common import basis, blocks_for, math_attention, per_sample
-from jacray_workers.problem import Problem
+from jacray_workers.problem.problem import Problem
 
 # Numbers in flight up to which a pass is all overhead: folding the rows into the batch then beats one pass per row.
 FOLDED = 1 << 17

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from jacray_workers import probes
-from jacray_workers.chaining import ChainPlan, Prepared, prepare
+from jacray_workers.chain import probes
+from jacray_workers.chain.chaining import ChainPlan, Prepared, prepare
+from jacray_workers.chain.segments import Run, make
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels.common import blocks_for
-from jacray_workers.problem import Problem
-from jacray_workers.segments import Run, make
+from jacray_workers.problem.problem import Problem
 
 # How far a first block may lie from plain autograd, relative to the size of the terms that are summed.
 AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jacray_workers.problem import Leaf, Problem
+from jacray_workers.problem.problem import Leaf, Problem
 
 Sample = Callable[..., Tensor]
 

@@ -21,7 +21,7 @@ from jacray_workers.kernels.common import (
     sample_function,
     spans,
 )
-from jacray_workers.problem import Problem
+from jacray_workers.problem.problem import Problem
 
 WIDTH = 256
 

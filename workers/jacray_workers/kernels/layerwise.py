@@ -16,14 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from jacray_workers.blocks import Block, DenseBlock, dense_block, smaller, write_terms
-from jacray_workers.blocks_join import cast, cat_terms
-from jacray_workers.blocks_terms import Dense, Term
+from jacray_workers.blocks.block import Block, DenseBlock, dense_block, smaller, write_terms
+from jacray_workers.blocks.join import cast, cat_terms
+from jacray_workers.blocks.terms import Dense, Term
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels.common import blocks_for, per_sample, spans
-from jacray_workers.problem import Leaf, Problem
-from jacray_workers.pullback import Point, pull
-from jacray_workers.tap_record import Pulled, Tape, pull_cotangents, pull_rows, record
+from jacray_workers.kernels.pullback import Point, pull
+from jacray_workers.problem.problem import Leaf, Problem
+from jacray_workers.taps.record import Pulled, Tape, pull_cotangents, pull_rows, record
 
 CHUNKS_ITSELF = True
 Form = Literal["dense", "auto", "factors"]

@@ -15,13 +15,13 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from jacray_workers.errors import ModelError, Plain
-from jacray_workers.explain import size
 from jacray_workers.models.formula import FunctionModel
 from jacray_workers.models.function import FormulaModule
 from jacray_workers.models.imported import build_imported
 from jacray_workers.models.layers import build_layers
 from jacray_workers.models.specs import ImportModel, LayersModel, ModelSpec
 from jacray_workers.models.weights import load_weights
+from jacray_workers.planning.explain import size
 from jacray_workers.spec_parts import file_digest, find
 from jacray_workers.validation import explain
 

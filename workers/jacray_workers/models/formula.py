@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from jacray_workers.errors import Plain, SpecError
-from jacray_workers.expression import Expression, functions, parse
+from jacray_workers.models.expression import Expression, functions, parse
 from jacray_workers.spec_parts import Spec
 from jacray_workers.validation import nearest
 

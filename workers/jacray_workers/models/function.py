@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jacray_workers.errors import ModelError, Plain, UserError
-from jacray_workers.expression import parse
+from jacray_workers.models.expression import parse
 from jacray_workers.models.formula import FunctionModel
 from jacray_workers.nested import tensor_of
 

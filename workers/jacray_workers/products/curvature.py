@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jacray_workers.problem import Problem
+from jacray_workers.problem.problem import Problem
 
 
 def probabilities(problem: Problem, y: Tensor, loss: str) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from jacray_workers.blocks import Block, DenseBlock
+from jacray_workers.blocks.block import Block, DenseBlock
 
 # Columns whose products are summed in one go, and numbers that the parts of a sum may hold.
 SLICE = 1 << 14

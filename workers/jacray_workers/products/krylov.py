@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacray_workers.problem import Problem
+from jacray_workers.problem.problem import Problem
 from jacray_workers.products.dense import inner
 
 Operator = Callable[[Tensor], Tensor]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from jacray_workers.errors import BudgetError, Plain, RequestError
-from jacray_workers.explain import size as show
-from jacray_workers.memory import Line
 from jacray_workers.plan import ArrayPlan
-from jacray_workers.problem import Problem
+from jacray_workers.planning.explain import size as show
+from jacray_workers.planning.memory import Line
+from jacray_workers.problem.problem import Problem
 from jacray_workers.products import krylov
 from jacray_workers.request import Request
 

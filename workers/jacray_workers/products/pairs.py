@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jacray_workers.blocks import Block
-from jacray_workers.blocks_terms import Outer
+from jacray_workers.blocks.block import Block
+from jacray_workers.blocks.terms import Outer
 from jacray_workers.products.dense import factored, inner, matrix, pieces, plain, widened
 
 # Rows whose products with each other are made when only equal ones are wanted.

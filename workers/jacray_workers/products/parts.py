@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacray_workers.kernels.common import per_sample
-from jacray_workers.problem import Problem
+from jacray_workers.problem.problem import Problem
 from jacray_workers.products import contract, curvature, spectrum
 from jacray_workers.products.dense import plain
 from jacray_workers.products.needs import columns

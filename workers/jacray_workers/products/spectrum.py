@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jacray_workers.blocks import Block, as_block
+from jacray_workers.blocks.block import Block, as_block
 from jacray_workers.products import krylov
 from jacray_workers.products.dense import factored, flat, flat_pieces, matrix, pieces
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jacray_workers.kernels.common import basis, per_sample, spans
-from jacray_workers.problem import Problem
+from jacray_workers.problem.problem import Problem
 from jacray_workers.products import curvature
 from jacray_workers.products.dense import flat_pieces
 from jacray_workers.products.needs import WIDTH

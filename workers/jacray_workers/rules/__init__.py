@@ -17,7 +17,7 @@ from torch import Tensor
 from jacray_workers.rules import conv, elementwise, embedding, linear, norm
 from jacray_workers.rules.common import Rule, Terms, Unfit, use
 from jacray_workers.rules.generic import generic
-from jacray_workers.taps import Tap
+from jacray_workers.taps.follow import Tap
 
 Entry = tuple[tuple[str, ...], Rule]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacray_workers.blocks_terms import Dense, Term
-from jacray_workers.tap_sites import OUT, Axis, Path, split
-from jacray_workers.taps import Tap, another_path
+from jacray_workers.blocks.terms import Dense, Term
+from jacray_workers.taps.follow import Tap, another_path
+from jacray_workers.taps.sites import OUT, Axis, Path, split
 
 Terms = dict[Path, Term]
 MISSING = object()

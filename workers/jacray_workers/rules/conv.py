@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from jacray_workers.blocks_terms import Conv
-from jacray_workers.blocks_windows import Window, same_padding
+from jacray_workers.blocks.terms import Conv
+from jacray_workers.blocks.windows import Window, same_padding
 from jacray_workers.rules.common import Terms, Unfit, Use
 
 FORWARD = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

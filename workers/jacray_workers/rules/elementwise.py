@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from jacray_workers.pullback import Point, pull
+from jacray_workers.kernels.pullback import Point, pull
 from jacray_workers.rules.common import Terms, Unfit, Use, at, by_sample
-from jacray_workers.tap_sites import Path
-from jacray_workers.taps import outputs, swap, walk, writes
+from jacray_workers.taps.follow import outputs, swap, walk, writes
+from jacray_workers.taps.sites import Path
 
 BINARY = ("input", "other")
 

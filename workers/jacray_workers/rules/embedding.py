@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jacray_workers.blocks_terms import Lookup
+from jacray_workers.blocks.terms import Lookup
 from jacray_workers.rules.common import Terms, Unfit, Use, by_sample
-from jacray_workers.tap_sites import Path, defeat
+from jacray_workers.taps.sites import Path, defeat
 
 FUNCTIONAL = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 LOW = ("weight", "input", "padding_idx", "scale_grad_by_freq", "sparse")

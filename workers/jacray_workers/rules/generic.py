@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from jacray_workers.errors import MethodError
-from jacray_workers.memory import out_of_memory
-from jacray_workers.pullback import Point, combination, near, pull
+from jacray_workers.kernels.pullback import Point, combination, near, pull
+from jacray_workers.planning.memory import out_of_memory
 from jacray_workers.rules.common import Terms, Unfit, Use, by_sample
-from jacray_workers.tap_sites import Axis, Path, defeat
-from jacray_workers.taps import Tap, name_of, outputs, swap, walk, writes
+from jacray_workers.taps.follow import Tap, name_of, outputs, swap, walk, writes
+from jacray_workers.taps.sites import Axis, Path, defeat
 
 
 def generic(use: Use) -> Terms:

@@ -10,9 +10,9 @@ import string
 import torch
 from torch import Tensor
 
-from jacray_workers.blocks_terms import Outer, Term
+from jacray_workers.blocks.terms import Outer, Term
 from jacray_workers.rules.common import Terms, Unfit, Use, at
-from jacray_workers.tap_sites import Path
+from jacray_workers.taps.sites import Path
 
 LINEAR = ("input", "weight", "bias")
 MATMUL = ("input", "other")

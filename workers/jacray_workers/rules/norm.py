@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from jacray_workers.rules.common import Terms, Unfit, Use
-from jacray_workers.tap_sites import OUT, Path, defeat, split
-from jacray_workers.taps import swap
+from jacray_workers.taps.follow import swap
+from jacray_workers.taps.sites import OUT, Path, defeat, split
 
 LAYER = ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")
 RMS = ("input", "normalized_shape", "weight", "eps")

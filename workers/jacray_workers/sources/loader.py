@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from jacray_workers.errors import InputError, Plain
+from jacray_workers.problem.trees import check_batch
 from jacray_workers.sources import files, made
 from jacray_workers.sources.arrays import check_range
 from jacray_workers.sources.preprocess import preprocess
 from jacray_workers.sources.specs import AnyInput, Csv, Digits, Inline, Npy, Npz, Random, Safetensors, Zarr
 from jacray_workers.sources.table import csv_table
-from jacray_workers.trees import check_batch
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from jacray_workers.errors import InputError, Plain
-from jacray_workers.explain import size
 from jacray_workers.nested import tensor_of
+from jacray_workers.planning.explain import size
 from jacray_workers.sources.specs import Inline, Random
 
 

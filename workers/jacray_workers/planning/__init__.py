@@ -1,0 +1,1 @@
+"""Which method, in what portions, within what memory: decided before anything is computed."""

@@ -1,0 +1,131 @@
+"""How much memory there is, how much a piece of work takes, and how many samples therefore fit at once."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from jacray_workers.planning.watching import Watcher
+
+# What is left to the system, to fragmentation and to kernels' own workspaces when no budget is given.
+SAFE_SHARE = 0.5
+# The fit sees tensors, not the workspaces inside kernels or the allocator's slack.
+SLACK = 1.25
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be had now: of the GPU, or of main memory within this process's control group."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(int(psutil.virtual_memory().available), _cgroup_free())
+
+
+def _cgroup_free() -> int:
+    """What the control group (a container's limit) leaves, or a very large number where there is no limit."""
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        return limit - int(Path("/sys/fs/cgroup/memory.current").read_text())
+    return 1 << 60
+
+
+def measure(work: Callable[[], Any], device: torch.device) -> int:
+    """The peak bytes of tensors alive at once that `work` made, beyond those that stood before.
+
+    On a GPU the allocator's own count; on a CPU every storage made under the call is watched from birth to death, which
+    is exact for tensors and the same on every run.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before: int = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    watch = _Watch()
+    with watch:
+        work()
+    return watch.peak
+
+
+class _Watch(Watcher):
+    """Counts the bytes of live storages that appear under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if type(tensor) is Tensor:
+                self._see(tensor)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class Line:
+    """Peak bytes as a line in the number of samples: `base + slope * samples`."""
+
+    base: float
+    slope: float
+
+    def at(self, samples: int) -> int:
+        """Predicted peak bytes, with slack."""
+        return math.ceil((self.base + self.slope * samples) * SLACK)
+
+    def fit_in(self, budget: int) -> int:
+        """The most samples whose predicted peak stays within the budget; 0 where not even one does."""
+        if self.at(1) > budget:
+            return 0
+        room = budget / SLACK - self.base
+        return 1 << 40 if self.slope <= 0 else max(1, int(room / self.slope))
+
+
+def fit(points: Sequence[tuple[int, int]]) -> Line:
+    """The line through two measurements (samples, peak bytes); never one that falls."""
+    (n0, b0), (n1, b1) = points[0], points[-1]
+    slope = max((b1 - b0) / (n1 - n0), 0.0) if n1 != n0 else b0 / n0
+    return Line(max(b0 - slope * n0, 0.0), slope)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in main memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def release(device: torch.device) -> None:
+    """After running out: give back what the failed attempt still holds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

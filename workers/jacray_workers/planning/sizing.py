@@ -1,0 +1,83 @@
+"""How many samples go in a chunk and in a shard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jacray_workers.errors import BudgetError, Plain
+from jacray_workers.plan import ArrayPlan
+from jacray_workers.planning.explain import size as show
+from jacray_workers.planning.memory import Line
+
+# A chunk's working memory beyond this gains no speed and loses the cache; a shard's blocks beyond it travel badly.
+CHUNK_BYTES = 1 << 28
+SHARD_BYTES = 1 << 28
+# Shards per worker: enough that the last ones even out and progress shows, few enough that each is worth its dispatch.
+SHARDS_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Samples per chunk and per shard, rows in flight, and the predicted peak."""
+
+    chunk: int
+    shard: int
+    rows: int
+    peak: int
+
+
+def bytes_per_sample(arrays: Sequence[ArrayPlan], samples: int) -> int:
+    """Bytes of the result that grow with the samples, for one of them."""
+    return sum(array_bytes(a) for a in arrays if a.axis >= 0) // max(samples, 1)
+
+
+def array_bytes(array: ArrayPlan) -> int:
+    """Bytes of one dense array; sums are held in float64 while they grow."""
+    item = {"float64": 8, "float32": 4, "float16": 2}[array.dtype]
+    return array.size * (8 if array.axis < 0 else item)
+
+
+def sizes(
+    samples: int, workers: int, chunk_size: int | None, line: Line, held: int, per_sample: int, budget: int, rows: int
+) -> Sizes:
+    """Choose chunk and shard so that the peak stays within the budget.
+
+    Args:
+        samples: in the job.
+        workers: that share it.
+        chunk_size: as the user fixed it, or None.
+        line: peak working bytes of a chunk by its samples, the result aside.
+        held: bytes of the result that a worker holds whatever the shard: partial sums.
+        per_sample: bytes of result per sample.
+        budget: bytes.
+        rows: rows in flight.
+
+    Raises:
+        BudgetError: not even one sample fits; names both figures.
+    """
+    shard = samples if workers == 1 else math.ceil(samples / (workers * SHARDS_PER_WORKER))
+    if per_sample:
+        shard = shard if workers == 1 else max(1, min(shard, SHARD_BYTES // per_sample))
+    room = budget - held - shard * per_sample
+    fits = line.fit_in(room)
+    if fits < 1 or (chunk_size is not None and fits < chunk_size):
+        wanted = chunk_size or 1
+        raise refusal(line.at(wanted) + held + shard * per_sample, budget, wanted)
+    cap = max(1, int((CHUNK_BYTES - line.base) / line.slope)) if line.slope > 0 else samples
+    chunk = chunk_size or max(1, min(fits, cap, shard))
+    chunk = min(chunk, samples)
+    shard = min(samples, math.ceil(shard / chunk) * chunk)
+    return Sizes(chunk, shard, rows, line.at(chunk) + held + shard * per_sample)
+
+
+def refusal(needed: int, budget: int, samples: int) -> BudgetError:
+    """The error that names both memory figures."""
+    return BudgetError(
+        "memory_budget",
+        f"{samples} sample{'s' * (samples > 1)} at a time would take {show(needed)}, result included",
+        Plain(f"a budget of {show(budget)}"),
+        "raise the budget, choose fewer outputs or parameters, keep parameters in factors (form='auto'), "
+        "or ask for a product (norms, gram, ntk, weighted_gradient) in place of the Jacobian",
+    )
