@@ -9,6 +9,7 @@ PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
+CLUSTER := .venv/.cluster-installed
 
 # Debian splits ensurepip off, and a venv made without it has no pip. Version managers put names on the path that
 # do not run. So a candidate counts only when it runs, is new enough and can make a venv.
@@ -20,10 +21,10 @@ USABLE := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))'
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all zoo regret lint format wheel clean
+.PHONY: help demo test test-all test-cluster zoo regret lint format wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(RUNTIME)  ## compute Jacobians of the digits classifier on a local Ray
 	$(BIN)/jacray run configs/digits.yaml
@@ -35,6 +36,9 @@ test: lint  ## lint, format check, types, and all tests but the slow ones
 test-all: lint  ## the same with the slow tests
 	$(BIN)/pytest -m "not ray" -n auto
 	$(BIN)/pytest -m ray
+
+test-cluster: $(CLUSTER)  ## the tests of docs/cluster.md: a head, a second node, a job that Ray runs
+	$(BIN)/pytest tests/cluster
 
 regret: $(DEV)  ## how far the planner's choice is from the best method, on the benchmark's nets
 	$(BIN)/python -m benchmarks.regret
@@ -80,4 +84,9 @@ $(RUNTIME): pyproject.toml constraints.txt
 $(DEV): $(RUNTIME)
 	@echo "Installing the tools for tests, lint and types into .venv. The first time takes about a minute; later runs skip this."
 	@$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(CLUSTER): $(DEV)
+	@echo "Installing Ray's dashboard and job server into .venv."
+	@$(INSTALL) --no-build-isolation --editable '.[cluster]'
 	@touch $@

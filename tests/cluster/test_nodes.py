@@ -107,7 +107,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         *dashboard,
     ):  # fmt: skip
         [address] = set(re.findall(r"--address='([\d.:]+)'", log.read_text()))
-        with node(folder / "second", environment, "--address", address, "--num-cpus", "1"):
+        # Nodes that share a folder, as machines never do, delete each other's copies of a job's working directory.
+        apart = ("--temp-dir", str(folder / "r"))
+        with node(folder / "second", environment, "--address", address, "--num-cpus", "1", *apart):
             yield Nodes(address, client_port, dashboard_port, {**environment, "RAY_ADDRESS": address})
 
 
