@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from jacray_workers.engine import combine
+from jacray_workers.errors import InputError
 from jacray_workers.plan import ArrayPlan, Plan, Shard
 from jacray_workers.shard import ShardResult
 from torch import Tensor
 
 
-class Gather:
-    """The arrays of a job while its shards arrive, in any order.
-
-    An array with an axis over the samples is made once, and shards are written or copied into their place; the
-    others (partial sums, factors) are kept until all are there and then combined in the shards' order.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.placed = {a.key: a for a in plan.arrays if a.axis >= 0 and not a.factored}
-        self.rest = tuple(a for a in plan.arrays if a.key not in self.placed)
-        self.whole: dict[str, Tensor] = {}
-        self.kept: list[ShardResult] = []
+class Gathering(Protocol):
+    """Takes a job's shards, in any order, and gives its arrays."""
 
     def into(self, shard: Shard) -> dict[str, Tensor]:
-        """The parts of the arrays that belong to a shard, to be written to."""
-        return {key: self._part(array, shard) for key, array in self.placed.items()}
+        """The parts of the arrays that a shard may write to directly, where memory is shared."""
 
     def add(self, result: ShardResult) -> None:
-        """Take a shard's blocks; nothing of theirs is referred to afterwards but what must wait for the others."""
-        for key, target in self.into(result.shard).items():
-            block = result.blocks[key]
-            if block.data_ptr() != target.data_ptr():
-                target.copy_(block)
-        waiting = {array.key: result.blocks[array.key] for array in self.rest}
-        self.kept.append(replace(result, blocks=waiting))
+        """Take a shard, once."""
 
     def finish(self) -> dict[str, Any]:
         """Every array by key.
@@ -45,7 +26,114 @@ class Gather:
         Raises:
             InputError: the shards do not cover the samples exactly once.
         """
-        return {**self.whole, **combine(replace(self.plan, arrays=self.rest), self.kept)}
+
+
+class Sum:
+    """Partial sums added up in the shards' order, whatever order they come in; those that came early wait."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+        self.waiting: dict[int, Tensor] = {}
+
+    def add(self, index: int, part: Tensor) -> None:
+        """Take the part of the shard at this index."""
+        self.waiting[index] = part
+        while self.count in self.waiting:
+            self._grow(self.waiting.pop(self.count))
+            self.count += 1
+
+    def _grow(self, part: Tensor) -> None:
+        if self.total is None:
+            self.total = part
+            return
+        if self.count == 1:
+            # Float64 keeps the sum of many partial sums from drifting with their number; a copy, for the first part
+            # may lie in memory that is not ours to change.
+            self.total = self.total.to(torch.float64, copy=True)
+        self.total += part
+
+
+class Seen:
+    """Which shards have come: as a count while they come in order, and a set of those that came early."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._early: set[int] = set()
+
+    def add(self, index: int) -> None:
+        """Note a shard.
+
+        Raises:
+            InputError: it has come before.
+        """
+        if index < self.count or index in self._early:
+            raise InputError("results", "must hold every shard exactly once", f"shard {index} twice")
+        self._early.add(index)
+        while self.count in self._early:
+            self._early.remove(self.count)
+            self.count += 1
+
+    def check(self, plan: Plan) -> None:
+        """Whether every shard has come.
+
+        Raises:
+            InputError: some have not.
+        """
+        if self.count != plan.shard_count:
+            found = f"{self.count + len(self._early)} of {plan.shard_count}"
+            raise InputError("results", "must hold every shard exactly once", found)
+
+
+class Gather:
+    """The arrays of a job while its shards arrive, in any order.
+
+    An array with an axis over the samples is made once, and shards are written or copied into their place; sums grow
+    as their parts come; factors are kept and joined in the shards' order.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.placed = {a.key: a for a in plan.arrays if a.axis >= 0 and not a.factored}
+        self.factored = {a.key: dict[int, Any]() for a in plan.arrays if a.factored}
+        self.sums = {a.key: Sum() for a in plan.arrays if a.axis < 0}
+        self.whole: dict[str, Tensor] = {}
+        self.seen = Seen()
+
+    def into(self, shard: Shard) -> dict[str, Tensor]:
+        """The parts of the arrays that belong to a shard, to be written to."""
+        return {key: self._part(array, shard) for key, array in self.placed.items()}
+
+    def add(self, result: ShardResult) -> None:
+        """Take a shard's blocks; nothing of theirs is referred to afterwards but what must wait for the others."""
+        shard = result.shard
+        self.seen.add(shard.index)
+        for key, target in self.into(shard).items():
+            block = result.blocks[key]
+            if block.data_ptr() != target.data_ptr():
+                target.copy_(block)
+        for key, parts in self.factored.items():
+            parts[shard.index] = result.blocks[key]
+        for key, total in self.sums.items():
+            total.add(shard.index, result.blocks[key])
+
+    def finish(self) -> dict[str, Any]:
+        """Every array by key.
+
+        Raises:
+            InputError: the shards do not cover the samples exactly once.
+        """
+        self.seen.check(self.plan)
+        return {array.key: self._array(array) for array in self.plan.arrays}
+
+    def _array(self, array: ArrayPlan) -> Any:
+        if array.factored:
+            parts = [part for _, part in sorted(self.factored[array.key].items())]
+            return parts[0] if len(parts) == 1 else type(parts[0]).cat(parts)
+        if array.axis < 0:
+            total = self.sums[array.key].total
+            return None if total is None else total.to(getattr(torch, array.dtype))
+        return self.whole[array.key]
 
     def _part(self, array: ArrayPlan, shard: Shard) -> Tensor:
         if array.key not in self.whole:

@@ -10,6 +10,7 @@
     │   ├── BudgetError            the work cannot fit the memory it was given
     │   ├── NonFiniteError         NaN or infinity, where the request forbids them
     │   ├── SpecError              a spec file or an override breaks a rule
+    │   ├── StorageError           results cannot be written or read: a full disk, a lost share, a damaged block
     │   └── JobError               a job was cancelled, timed out, or is unknown
     └── FaultError                 something only we can mend: exit code 2
         ├── VerificationError      a result disagrees with an independent computation
@@ -84,6 +85,10 @@ class NonFiniteError(UserError):
 
 class SpecError(UserError):
     """A spec file or a command-line override breaks a rule."""
+
+
+class StorageError(UserError):
+    """Results cannot be written to or read from where they are kept: a full disk, a lost share, a damaged block."""
 
 
 class JobError(UserError):

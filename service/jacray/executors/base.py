@@ -15,6 +15,7 @@ from jacray_workers.shard import ShardResult
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from jacray.target import Target
 from jacray.transport import Packed, alone, pack, parameters_only
 
 Into = Callable[[Shard], dict[str, Tensor]]
@@ -66,12 +67,14 @@ class Payload:
         inputs: the whole batch.
         request: what to compute.
         plan: how; workers never plan.
+        target: the store that workers write their blocks into; None sends them back.
     """
 
     model: Any
     inputs: Any
     request: Request
     plan: Plan
+    target: Target | None = None
 
     def pack(self, *, copy: bool) -> Packed:
         """This work as a pickle and arrays; see `transport.pack`.
@@ -85,7 +88,7 @@ class Payload:
         module = as_module(self.model)
         read_only = [*parameters_only(module), *_tensors(given)]
         try:
-            return pack(Payload(module, inputs, request, self.plan), read_only=read_only, copy=copy)
+            return pack(Payload(module, inputs, request, self.plan, self.target), read_only=read_only, copy=copy)
         except Exception as error:
             raise ModelError(
                 "model", f"must be picklable to travel to a worker, but raised {type(error).__name__}: {error}",

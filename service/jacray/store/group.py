@@ -1,6 +1,6 @@
-"""Results on disk: a zarr group (format 3, uncompressed) with an array per result and named dimensions.
+"""The zarr group of a job: its layout, its blocks, and what it says of itself.
 
-The only file that imports zarr here. The group opens in xarray as it is. Blocks that are kept in factors are groups of
+The group opens in xarray as it is. Blocks that are kept in factors are groups of
 their factors; everything else is one array per key of the plan.
 """
 

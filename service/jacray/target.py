@@ -1,0 +1,55 @@
+"""Where a job's results go: a folder or a URL, as plain data that travels to the workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jacray_workers.errors import RequestError
+
+RESULTS = "results.zarr"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A run's folder, here or behind a URL. Workers write into its `results.zarr`.
+
+    Attributes:
+        url: an absolute path, or a URL that fsspec knows (`s3://BUCKET/RUN`, `gs://...`), without a slash at its end.
+        options: what fsspec takes besides, such as `{"endpoint_url": ...}`.
+        compression: the name of a codec that chunks go through, or None; Jacobians hardly compress.
+    """
+
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    compression: str | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The folder where it is a local one, else None."""
+        scheme, colon, rest = self.url.partition("://")
+        return Path(rest if colon else self.url) if scheme == "file" or not colon else None
+
+    @property
+    def results(self) -> str:
+        """Where the numbers are: the zarr group."""
+        return f"{self.url}/{RESULTS}"
+
+
+def as_target(to: str | os.PathLike[str] | Target) -> Target:
+    """The target that a user means; relative paths start from the folder one stands in.
+
+    Raises:
+        RequestError: it is neither a path nor a URL.
+    """
+    if isinstance(to, Target):
+        return to
+    if not isinstance(to, str | os.PathLike) or not os.fspath(to):
+        raise RequestError("to", "must be a folder or a URL such as s3://BUCKET/RUN", to)
+    text = os.fspath(to)
+    if "://" in text and not text.startswith("file://"):
+        return Target(text.rstrip("/"))
+    return Target(str(Path(text.removeprefix("file://")).expanduser().absolute()))
