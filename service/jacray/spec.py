@@ -13,7 +13,7 @@ from jacray_workers.errors import SpecError, UserError
 from jacray_workers.models.specs import ModelSpec
 from jacray_workers.request import Request
 from jacray_workers.sources.specs import InputSpec
-from jacray_workers.spec_parts import Spec, SpecPath
+from jacray_workers.spec_parts import Spec, SpecPath, is_url
 from jacray_workers.validation import explain, nearest
 from pydantic import Field, StrictBool, ValidationError, field_validator
 
@@ -174,10 +174,17 @@ def _moved(value: Any, base: Path, folder: Path) -> Any:
         return value
     if "kind" not in value:
         return {name: _moved(part, base, folder) for name, part in value.items()}
-    return {key: _rebased(part, base, folder) if key in ("path", "weights") else part for key, part in value.items()}
+    return {
+        key: _rebased(part, base, folder)
+        if key in ("path", "weights")
+        else [_moved(step, base, folder) for step in part]
+        if key == "preprocess"
+        else part
+        for key, part in value.items()
+    }
 
 
 def _rebased(path: Any, base: Path, folder: Path) -> Any:
-    if not isinstance(path, str) or Path(path).is_absolute() or path.startswith("~"):
+    if not isinstance(path, str) or Path(path).is_absolute() or path.startswith("~") or is_url(path):
         return path
     return os.path.relpath(base / path, folder)

@@ -21,12 +21,29 @@ def tensor_of(value: Any, argument: str, dtype: torch.dtype = torch.float64) -> 
     """
     if isinstance(value, Tensor):
         return value.to(dtype)
+    shape = check_nested(value, argument)
+    rule = f"must hold numbers that fit {str(dtype)[6:]}"
+    try:
+        found = torch.tensor(value, dtype=dtype).reshape(shape)
+        exact = torch.tensor(value, dtype=torch.float64).reshape(shape)
+    except (OverflowError, RuntimeError, ValueError, TypeError):
+        raise InputError(argument, rule, value) from None
+    # torch rounds what is too large to infinity, cuts fractions off and wraps around, without a word.
+    changed = found.isinf() != exact.isinf() if dtype.is_floating_point else found.double() != exact
+    if bool(changed.any()):
+        raise InputError(argument, rule, value)
+    return found
+
+
+def check_nested(value: Any, argument: str) -> tuple[int, ...]:
+    """The shape of lists of numbers that are nested evenly; a number has none.
+
+    Raises:
+        InputError: naming the place of the first entry that is no number, or of the first list of another length.
+    """
     shape = _shape(value, argument)
     _check(value, shape, argument)
-    try:
-        return torch.tensor(value, dtype=dtype).reshape(shape)
-    except (OverflowError, RuntimeError, ValueError, TypeError):
-        raise InputError(argument, f"must hold numbers that fit {str(dtype)[6:]}", value) from None
+    return shape
 
 
 def _shape(value: Any, argument: str) -> tuple[int, ...]:

@@ -34,6 +34,11 @@ SpecPath = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_
 """A path in a spec, as text; relative to the file that the spec stands in."""
 
 
+def is_url(path: str) -> bool:
+    """Whether a spec's path names a place by a URL rather than by a path."""
+    return "://" in path
+
+
 def find(path: str, base: Path, argument: str, error: type[UserError], suffixes: tuple[str, ...] = ()) -> Path:
     """The file or folder that a spec names.
 

@@ -149,6 +149,8 @@ def _walk(model: Any, raw: Any) -> _Complaint:
             here = [
                 inner for m in models if part in m.model_fields for inner in _members(m.model_fields[part].annotation)
             ]
+        elif part == BY_NAME:
+            here = [m for m in here if typing.get_origin(m) is dict]
         elif named := [m for m in models if m.__name__ == part]:
             here = named
         elif typing.get_origin(here[0] if here else None) is dict:
@@ -183,26 +185,40 @@ class ByKind:
     """Marks a union of models that is told apart by the models' `kind`.
 
     Used as `Annotated[A | B, ByKind()]`. An unknown kind is refused with the list of kinds and the nearest, and
-    complaints come from the chosen model alone.
+    complaints come from the chosen model alone. A `dict` in the union takes mappings of such models by name: those
+    that have no `kind` and hold a mapping.
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """A tagged union behind a check of the kind."""
-        models = _members(source)
+        models = [m for m in _members(source) if _is_model(m)]
+        by_name = [m for m in _members(source) if not _is_model(m)]
         names = {kind: m.__name__ for m in models for kind in kinds_of(m)}
 
         def check(value: Any) -> Any:
-            if not isinstance(value, tuple(models)):
+            if not isinstance(value, tuple(models)) and not (by_name and _holds_mappings(value)):
                 _check_kind(value, names)
             return value
 
         def tag(value: Any) -> str | None:
-            return names[value["kind"]] if isinstance(value, Mapping) else type(value).__name__
+            if isinstance(value, Mapping):
+                return names[value["kind"]] if "kind" in value else BY_NAME
+            return type(value).__name__
 
         choices = {m.__name__: handler.generate_schema(m) for m in models}
+        if by_name:
+            choices[BY_NAME] = handler.generate_schema(by_name[0])
         return core_schema.no_info_before_validator_function(
             check, core_schema.tagged_union_schema(choices, discriminator=tag)
         )
+
+
+BY_NAME = "by name"
+"""How pydantic's locations call the branch of a union that holds models by name."""
+
+
+def _holds_mappings(value: Any) -> bool:
+    return isinstance(value, Mapping) and "kind" not in value and any(isinstance(v, Mapping) for v in value.values())
 
 
 def kinds_of(model: Any) -> tuple[str, ...]:

@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jacray_workers.sources.loader import Loaded
+    from jacray_workers.sources.loaded import Loaded
+    from jacray_workers.sources.places import Reach
+    from jacray_workers.sources.ranged import Rows
 
 
-def load(spec: Any, base: Path) -> Loaded:
-    """Read the batch that a checked input spec describes; see `jacray_workers.sources.loader`."""
-    from jacray_workers.sources.loader import load as read
+def rows(spec: Any, base: Path, reach: Reach | None = None) -> Rows:
+    """Open the source that a checked input spec describes; see `jacray_workers.sources.loader`."""
+    from jacray_workers.sources.loader import rows as open_
+    from jacray_workers.sources.places import ANYWHERE
 
-    return read(spec, base)
+    return open_(spec, base, reach=reach or ANYWHERE)
+
+
+def load(spec: Any, base: Path, reach: Reach | None = None) -> Loaded:
+    """Read the whole batch that a checked input spec describes; see `jacray_workers.sources.loader`."""
+    return rows(spec, base, reach).whole()
 
 
 def directions(value: Any, loaded: Loaded, base: Path, classes: Callable[[], int], argument: str) -> Any:

@@ -1,110 +1,95 @@
-"""From an input spec to tensors: read, cut to the range, preprocessed, and checked before any worker starts."""
+"""From an input spec to a source that is read by range: opened, cut, preprocessed and checked."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+import functools
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jacray_workers.errors import InputError, Plain
-from jacray_workers.problem.trees import check_batch
-from jacray_workers.sources import files, made
-from jacray_workers.sources.arrays import check_range
-from jacray_workers.sources.preprocess import preprocess
-from jacray_workers.sources.specs import AnyInput, Csv, Digits, Inline, Npy, Npz, Random, Safetensors, Zarr
-from jacray_workers.sources.table import csv_table
+from jacray_workers.sources.arrays import Leaf, Part, Reader, check_range
+from jacray_workers.sources.loaded import Loaded
+from jacray_workers.sources.places import ANYWHERE, Reach
+from jacray_workers.sources.preprocess import bind, preprocess
+from jacray_workers.sources.ranged import Rows
+from jacray_workers.sources.together import Together
+
+__all__ = ["Loaded", "load", "rows"]
+
+_READERS = {  # each in the one file that knows its library
+    "random": "made:random",
+    "inline": "made:inline",
+    "digits": "bundled:digits",
+    "sklearn": "bundled:sklearn",
+    "npy": "numpy_files:npy",
+    "npz": "numpy_files:npz",
+    "safetensors": "safetensors_files:safetensors",
+    "zarr": "zarr_files:zarr",
+    "csv": "table:csv_table",
+    "parquet": "arrow:parquet",
+    "datasets": "arrow:datasets",
+    "images": "images:images",
+}
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A batch of inputs with what is known about its samples.
-
-    Attributes:
-        inputs: a tensor `(N, ...)`, or a dict of such by name.
-        fields: further tensors with a row per sample, such as `target`.
-        start: the place of the first sample in the source.
-    """
-
-    inputs: Any
-    fields: Mapping[str, Tensor] = field(default_factory=dict)
-    start: int = 0
-
-    @property
-    def named(self) -> dict[str, Tensor]:
-        """The inputs by name; the empty name for a bare tensor."""
-        return dict(self.inputs) if isinstance(self.inputs, Mapping) else {"": self.inputs}
-
-    @property
-    def samples(self) -> int:
-        """N."""
-        return int(next(iter(self.named.values())).shape[0])
-
-    @cached_property
-    def digest(self) -> str:
-        """A sha256 of names, types, shapes and bytes."""
-        found = hashlib.sha256()
-        for group in (self.named, self.fields):
-            for name in sorted(group):
-                tensor = group[name].detach().contiguous()
-                found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-                found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()
-
-
-def load(spec: AnyInput, base: Path, argument: str = "inputs") -> Loaded:
-    """Read the batch that a spec describes.
+def rows(spec: Any, base: Path, argument: str = "inputs", reach: Reach = ANYWHERE) -> Rows:
+    """Open the source that a spec describes. Nothing is read but headers, an index, and the first sample.
 
     Args:
-        spec: any input spec.
+        spec: any input spec, or a mapping of them by the names that the inputs get.
         base: the folder that relative paths start from.
         argument: what the spec is called in errors.
+        reach: which files the spec may name.
 
     Raises:
-        InputError: the source is not there, is not what its kind says, does not fit into memory, is empty, or its
-            parts have different numbers of samples.
+        InputError: the source is not there, is not what its kind says, is empty, or its parts have different numbers
+            of samples.
     """
-    parts, fields = _read(spec, base, argument)
-    parts = preprocess(parts, spec.preprocess, f"{argument}.preprocess")
-    names = list(parts)
-    check_batch(list(parts.values()), names)
-    samples = next(iter(parts.values())).shape[0]
-    for name, tensor in fields.items():
-        if tensor.dim() == 0 or tensor.shape[0] != samples:
-            shown = Plain(f"shape {tuple(tensor.shape)}")
-            raise InputError(f"{argument}.fields.{name}", f"must have a row for each of the {samples} samples", shown)
-    return Loaded(parts[""] if names == [""] else parts, fields, spec.range[0] if spec.range else 0)
+    if isinstance(spec, Mapping):
+        parts = {name: rows(part, base, f"{argument}.{name}", reach) for name, part in spec.items()}
+        together = Together(parts, argument)
+        return _opened(spec, together, together.samples, 0, ())
+    reader = _reader(spec.kind)(spec, base, argument, reach)
+    check_range(spec.range, reader.samples, argument)
+    start, stop = spec.range or (0, reader.samples)
+    return _opened(spec, reader, stop - start, start, bind(spec.preprocess, base, f"{argument}.preprocess", reach))
 
 
-def _read(spec: AnyInput, base: Path, argument: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The inputs by name and the fields, cut to the range."""
-    match spec:
-        case Random():
-            return cut(made.random(spec, argument), spec, argument), {}
-        case Digits():
-            images, target = made.digits()
-            return cut({"": images}, spec, argument), cut({"target": target}, spec, argument)
-        case Inline():
-            return cut(made.inline(spec), spec, argument), cut(made.inline_fields(spec), spec, argument)
-        case Csv():
-            table, fields = csv_table(spec, base, argument)
-            return cut({"": table}, spec, argument), cut(fields, spec, argument)
-        case Npy():
-            return {"": files.npy(spec, base, argument)}, {}
-        case Npz() | Safetensors() | Zarr():
-            return files.several(spec, base, argument)
+def load(spec: Any, base: Path, argument: str = "inputs", reach: Reach = ANYWHERE) -> Loaded:
+    """Read the whole batch that a spec describes; see `rows`.
+
+    Raises:
+        InputError: as `rows`, or the batch does not fit into memory.
+    """
+    return rows(spec, base, argument, reach).whole()
 
 
-def cut(parts: Mapping[str, Tensor], spec: AnyInput, argument: str) -> dict[str, Tensor]:
-    """The samples of the spec's range, as views."""
-    if spec.range is None:
-        return dict(parts)
-    start, stop = spec.range
-    for tensor in parts.values():
-        check_range(spec.range, tensor.shape[0] if tensor.dim() else 0, argument)
-    return {name: tensor[start:stop] for name, tensor in parts.items()}
+@functools.cache
+def _reader(kind: str) -> Callable[[Any, Path, str, Reach], Reader]:
+    module, _, name = _READERS[kind].partition(":")
+    found: Callable[[Any, Path, str, Reach], Reader] = getattr(import_module(f"jacray_workers.sources.{module}"), name)
+    return found
+
+
+def _opened(spec: Any, reader: Reader, samples: int, start: int, steps: tuple[Any, ...]) -> Rows:
+    """The source with what its first sample tells of all."""
+    raw, fields = reader.read(start, start + 1)
+    parts = preprocess(raw, steps, start)
+    inputs = {name: _leaf(name, part, 1, reader.argument) for name, part in parts.items()}
+    known = {name: _leaf(name, field, 1, f"{reader.argument}.fields") for name, field in fields.items()}
+    return Rows(spec, reader, steps, samples, start, inputs, known)
+
+
+def _leaf(name: str, part: Part, rows_: int, argument: str) -> Leaf:
+    if not isinstance(part, Tensor):
+        way_out = "add the step {kind: tokenize, path: tokenizer.json, length: 64} to preprocess"
+        raise InputError(
+            argument, "must be numbers by the end of its preprocessing", Plain(f"texts in {name or 'it'}"), way_out
+        )
+    if part.dim() == 0 or part.shape[0] != rows_:
+        raise InputError(argument, "must keep a row for each sample", Plain(f"shape {tuple(part.shape)}"))
+    return Leaf(tuple(part.shape[1:]), part.dtype)

@@ -5,79 +5,26 @@ Every spec is frozen, forbids unknown keys and is told apart by its `kind`.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from jacray_workers.errors import SpecError
-from jacray_workers.spec_parts import Finite, Seed, Spec, SpecPath, Whole
+from jacray_workers.sources.steps import DtypeName, Step
+from jacray_workers.spec_parts import Seed, Spec, SpecPath
 from jacray_workers.validation import ByKind
 
 FloatName = Literal["float64", "float32", "bfloat16", "float16"]
-DtypeName = Literal[
-    "float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"
-]  # fmt: skip
 Size = Annotated[int, Field(strict=True, ge=1, le=2**48)]
 Shape = Annotated[tuple[Size, ...], Field(min_length=1, max_length=16)]
-Numbers = Finite | tuple[Finite, ...]
-
-
-class _Step(Spec):
-    of: str | None = Field(default=None, description="the named input that this applies to; all of them by default")
-
-
-class Cast(_Step):
-    """Change the number type."""
-
-    kind: Literal["cast"] = "cast"
-    dtype: DtypeName
-
-
-class Scale(_Step):
-    """`x * factor + offset`."""
-
-    kind: Literal["scale"] = "scale"
-    factor: Finite = 1.0
-    offset: Finite = 0.0
-
-
-class Reshape(_Step):
-    """Give each sample another shape; one size may be -1."""
-
-    kind: Literal["reshape"] = "reshape"
-    shape: Annotated[tuple[Annotated[int, Field(strict=True, ge=-1, le=2**48)], ...], Field(max_length=16)]
-
-    @field_validator("shape")
-    @classmethod
-    def _one_is_free(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if shape.count(-1) > 1 or 0 in shape:
-            raise SpecError("", "must hold sizes of at least 1, and -1 at most once", list(shape))
-        return shape
-
-
-class Normalise(_Step):
-    """`(x - mean) / std`, with one number for all or one for each place along an axis."""
-
-    kind: Literal["normalise"] = "normalise"
-    mean: Numbers = 0.0
-    std: Numbers = 1.0
-    axis: Whole = Field(default=1, description="the axis that lists of numbers run along; 0 is the batch")
-
-    @field_validator("std")
-    @classmethod
-    def _is_positive(cls, std: Any) -> Any:
-        if any(not s > 0 for s in (std if isinstance(std, tuple) else (std,))):
-            raise SpecError("", "must be greater than 0", std)
-        return std
-
-
-Step = Annotated[Cast | Scale | Reshape | Normalise, ByKind()]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200)]
+Column = Annotated[str, Field(min_length=1, max_length=1000)]
+Row = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
 
 
 class _Input(Spec):
-    range: tuple[Annotated[int, Field(strict=True, ge=0)], Annotated[int, Field(strict=True, ge=1)]] | None = Field(
-        default=None, description="[start, stop]: these samples only"
-    )
+    range: tuple[Row, Row] | None = Field(default=None, description="[start, stop]: these samples only")
     preprocess: tuple[Step, ...] = Field(default=(), description="applied in order")
 
     @field_validator("range")
@@ -92,7 +39,9 @@ class Random(_Input):
     """Random numbers: one tensor, or several by name."""
 
     kind: Literal["random"] = "random"
-    shape: Shape | dict[str, Shape] = Field(description="the batch first; or a shape for each named input")
+    shape: Shape | Annotated[dict[Name, Shape], Field(min_length=1)] = Field(
+        description="the batch first; or a shape for each named input"
+    )
     seed: Seed = 0
     distribution: Literal["normal", "uniform"] = "normal"
     dtype: FloatName = "float32"
@@ -104,26 +53,41 @@ class Digits(_Input):
     kind: Literal["digits"] = "digits"
 
 
+class Sklearn(_Input):
+    """One of scikit-learn's bundled sets as float32 `(N, features)`, what is to be predicted as the field `target`."""
+
+    kind: Literal["sklearn"] = "sklearn"
+    name: Literal["breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine"]
+
+
 class Inline(_Input):
-    """Numbers written in the spec: nested lists, or a mapping from names to nested lists."""
+    """Numbers written in the spec: nested lists, or a mapping from names to nested lists. Or texts, for a tokenizer."""
 
     kind: Literal["inline"] = "inline"
     values: Any
     dtype: DtypeName = "float32"
-    fields: dict[str, Any] = Field(default_factory=dict)
+    fields: dict[Name, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _is_nested_evenly(self) -> Inline:
-        from jacray_workers.nested import tensor_of
+        from jacray_workers.nested import check_nested
 
         named = self.values if isinstance(self.values, dict) else {"": self.values}
         if not named:
             raise SpecError("values", "must hold at least one named input", self.values)
         for name, value in named.items():
-            tensor_of(value, f"values.{name}".rstrip("."))
+            if not is_texts(value):
+                check_nested(value, f"values.{name}".rstrip("."))
+            if name and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise SpecError("values", "must have names of letters, digits and underscores", name)
         for name, value in self.fields.items():
-            tensor_of(value, f"fields.{name}")
+            check_nested(value, f"fields.{name}")
         return self
+
+
+def is_texts(value: Any) -> bool:
+    """Whether these are texts, one a sample."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 class _File(_Input):
@@ -137,10 +101,10 @@ class Npy(_File):
 
 
 class _Arrays(_File):
-    arrays: str | tuple[str, ...] | None = Field(
+    arrays: Column | Annotated[tuple[Column, ...], Field(min_length=1)] | None = Field(
         default=None, description="which arrays are inputs: one name, or several for named inputs"
     )
-    fields: dict[str, str] = Field(
+    fields: dict[Name, Column] = Field(
         default_factory=dict, description="other arrays by the name they get, such as {target: labels}"
     )
 
@@ -163,15 +127,58 @@ class Zarr(_Arrays):
     kind: Literal["zarr"] = "zarr"
 
 
-class Csv(_File):
-    """A table of numbers with a header line; the columns become one tensor `(N, columns)`."""
+Columns = Column | Annotated[tuple[Column, ...], Field(min_length=1)]
 
-    kind: Literal["csv"] = "csv"
-    columns: tuple[str, ...] | None = Field(default=None, min_length=1, description="all that are no fields by default")
-    fields: dict[str, str] = Field(
+
+class _Table(_File):
+    columns: Columns | Annotated[dict[Name, Columns], Field(min_length=1)] | None = Field(
+        default=None,
+        description="one column as it is, several as one tensor (N, columns), or a mapping for named inputs; "
+        "by default all that are no fields",
+    )
+    fields: dict[Name, Column] = Field(
         default_factory=dict, description="columns by the name they get, such as {target: label}"
     )
-    delimiter: str = Field(default=",", min_length=1, max_length=1)
+
+
+class Csv(_Table):
+    """A table of numbers or texts with a header line."""
+
+    kind: Literal["csv"] = "csv"
+    delimiter: Annotated[str, Field(pattern=r"^[^\r\n\"A-Za-z0-9.+-]$")] = ","
+    dtype: FloatName = Field(default="float32", description="of columns of numbers")
+
+
+class Parquet(_Table):
+    """A parquet file, or a folder of them. Columns hold numbers, texts, or lists of numbers, all of one length."""
+
+    kind: Literal["parquet"] = "parquet"
+
+
+class _Pictures(Spec):
+    mode: Literal["L", "RGB", "RGBA"] = Field(default="RGB", description="L for one channel, grey")
+    size: (
+        tuple[Annotated[int, Field(strict=True, ge=1, le=2**15)], Annotated[int, Field(strict=True, ge=1, le=2**15)]]
+        | None
+    ) = Field(default=None, description="[height, width]: scale every image to this")
+
+
+class Datasets(_Table, _Pictures):
+    """A folder that Hugging Face's `datasets` wrote with `save_to_disk`. Columns of images are decoded."""
+
+    kind: Literal["datasets"] = "datasets"
+    split: Annotated[str, Field(pattern=r"^\w+([.-]\w+)*$", max_length=200)] | None = Field(
+        default=None, description="of a folder with several"
+    )
+
+
+class Images(_File, _Pictures):
+    """A folder of images in the order of their names, `(N, channels, height, width)` from 0 to 1, float32.
+
+    Where the images lie in folders, each folder is a class, and the field `target` has its number.
+    """
+
+    kind: Literal["images"] = "images"
 
 
 class OneHot(Spec):
@@ -184,6 +191,10 @@ class OneHot(Spec):
     )
 
 
-AnyInput = Random | Digits | Inline | Npy | Npz | Safetensors | Zarr | Csv
-InputSpec = Annotated[AnyInput, ByKind()]
+AnyInput = (
+    Random | Digits | Sklearn | Inline | Npy | Npz | Safetensors | Zarr | Csv | Parquet | Datasets | Images
+)  # fmt: skip
+OneInput = Annotated[AnyInput, ByKind()]
+InputSpec = Annotated[AnyInput | dict[Name, OneInput], ByKind()]
+"""One source, or several by the names that the model's inputs get."""
 DirectionSpec = Annotated[OneHot | AnyInput, ByKind()]

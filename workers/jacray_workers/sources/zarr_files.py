@@ -1,70 +1,163 @@
-"""Arrays of a zarr store, read by range."""
+"""Arrays of a zarr store, local or behind a URL, read by range."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from jacray_workers.errors import InputError
-from jacray_workers.sources.arrays import Source, from_numpy, unreadable
+from jacray_workers.errors import InputError, Plain, UserError
+from jacray_workers.sources.arrays import check_dtype, check_memory, from_numpy
+from jacray_workers.sources.places import Place, Reach, locate, unreadable
+from jacray_workers.sources.several import Arrays, arrays_of
+from jacray_workers.sources.specs import Zarr
 
-# Codecs that only move or compress bytes. zarr's registry also knows one that unpickles.
+# Codecs that only move or compress bytes. zarr's registry also knows one that unpickles, and whatever is installed.
 _CODECS = frozenset(
     (
-        "bytes",
-        "gzip",
-        "zstd",
-        "blosc",
-        "crc32c",
-        "transpose",
-        "sharding_indexed",
-        "zlib",
-        "lz4",
-        "bz2",
-        "lzma",
-        "shuffle",
+        *("bytes", "gzip", "zstd", "blosc", "crc32c", "transpose", "sharding_indexed"),
+        *(p + name for name in ("zlib", "lz4", "bz2", "lzma", "shuffle") for p in ("", "numcodecs.")),
     )
 )
 
 
-@contextmanager
-def zarr_arrays(path: Path, argument: str) -> Iterator[dict[str, Source]]:
-    """The arrays of a group by name, or one array under the empty name.
+@dataclass(frozen=True)
+class ZarrArray:
+    """An array of a zarr store.
 
-    Raises:
-        InputError: there is no zarr, or a codec could do more than move and compress bytes.
+    Attributes:
+        place: the store.
+        name: the array in it; empty where the store is the array.
+        shape: of the whole array.
+        chunk_bytes: of what is decoded at a time.
     """
-    import zarr
+
+    place: Place
+    name: str
+    shape: tuple[int, ...]
+    chunk_bytes: int
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The rows from start to stop."""
+        check_memory(self.chunk_bytes, self.place.argument)
+        try:
+            node = _open(self.place)
+            array = node if not self.name else node[self.name]
+            found = np.asarray(array[start:stop])
+        except Exception as error:
+            if isinstance(error, UserError):
+                raise
+            raise unreadable(self.place, "zarr array", error) from None
+        return from_numpy(found, self.place.argument)
+
+
+def zarr(spec: Zarr, base: Path, argument: str, reach: Reach) -> Arrays:
+    """The arrays of a group by name, or one array."""
+    place = locate(spec.path, base, f"{argument}.path", reach=reach)
+    if place.local and not place.folder:
+        raise InputError(place.argument, "must be a zarr folder", Plain(place.name))
+    try:
+        node = _open(place)
+        members = dict(_members(node, spec))
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        raise unreadable(place, "zarr array or group", error) from None
+    known = {name: functools.partial(_checked, array, name, place) for name, array in members.items()}
+    return arrays_of(spec, place, known, argument)
+
+
+def _open(place: Place) -> Any:
+    import zarr as library
+
+    store: Any = place.path if place.local else library.storage.FsspecStore.from_url(place.path, read_only=True)
+    # Consolidated metadata would speak for other files than those that are there.
+    return (
+        library.open(store, mode="r", use_consolidated=False)
+        if _is_group(store)
+        else library.open_array(store, mode="r")
+    )
+
+
+def _is_group(store: Any) -> bool:
+    import zarr as library
 
     try:
-        node = zarr.open(path, mode="r")
-        arrays = {"": node} if isinstance(node, zarr.Array) else dict(node.arrays())
-    except Exception as error:  # noqa: BLE001 - metadata written by anyone fails in any way
-        raise unreadable(argument, "zarr array or group", path, error) from None
-    yield {name: _zarr_source(array, argument) for name, array in arrays.items()}
+        library.open_group(store, mode="r", use_consolidated=False)
+    except (library.errors.ContainsArrayError, FileNotFoundError, library.errors.NodeNotFoundError):
+        return False
+    return True
 
 
-def _zarr_source(array: Any, argument: str) -> Source:
+def _members(node: Any, spec: Zarr) -> Iterator[tuple[str, Any]]:
+    import zarr as library
+
+    if isinstance(node, library.Array):
+        yield "", node
+        return
+    asked = [spec.arrays] if isinstance(spec.arrays, str) else list(spec.arrays or ())
+    names = [*asked, *spec.fields.values()]
+    if spec.arrays is None or not all(_plain_name(name) for name in names):
+        yield from node.arrays()
+        return
+    # Not every store can be listed, but each can be asked for a name.
+    for name in dict.fromkeys(names):
+        try:
+            found = node[name]
+        except KeyError:
+            yield from node.arrays()
+            return
+        if isinstance(found, library.Array):
+            yield name, found
+
+
+def _plain_name(name: str) -> bool:
+    parts = name.split("/")
+    return name.isprintable() and "\\" not in name and not any(part in ("", ".", "..") for part in parts)
+
+
+def _checked(array: Any, name: str, place: Place) -> ZarrArray:
+    """An array that is worth opening: its type, its codecs and its chunks are such as numbers have.
+
+    Raises:
+        InputError: a codec could do more than move and compress bytes, or a chunk would not fit into memory.
+    """
     meta = array.metadata.to_dict()
-    codecs = [*(meta.get("codecs") or ()), *(meta.get("filters") or ()), meta.get("compressor")]
-    names = [str(codec.get("name") or codec.get("id")) for codec in map(_plain, codecs) if codec]
-    strange = [name for name in names if name not in _CODECS]
+    strange = [codec for codec in _codecs(meta) if codec not in _CODECS]
     if strange:
         allowed = f"allowed: {', '.join(sorted(_CODECS))}"
         raise InputError(
-            f"{argument}.path", "must be stored with codecs that only move or compress bytes", strange[0], allowed
+            place.argument, "must be stored with codecs that only move or compress bytes", strange[0], allowed
         )
     dtype = np.dtype(array.dtype)
-    size = int(np.prod(array.shape, dtype=object)) * dtype.itemsize
-    return Source(tuple(array.shape), size, lambda a, b: from_numpy(np.asarray(array[a:b]), f"{argument}.path"))
+    check_dtype(dtype, place.argument)
+    chunks = [tuple(array.chunks), tuple(getattr(array, "shards", None) or ())]
+    if any(not 0 <= n < 2**48 for n in (*array.shape, *chunks[0], *chunks[1])):
+        raise InputError(place.argument, "must be a zarr array with a sensible shape", list(array.shape))
+    return ZarrArray(place, name, tuple(array.shape), max(math.prod(c) for c in chunks) * dtype.itemsize)
+
+
+def _codecs(meta: Mapping[str, Any]) -> Iterator[str]:
+    """The names of all codecs in an array's metadata, those within shards too."""
+    for codec in [*(meta.get("codecs") or ()), *(meta.get("filters") or ()), meta.get("compressor")]:
+        if not codec:
+            continue
+        plain = _plain(codec)
+        yield str(plain.get("name") or plain.get("id"))
+        inner = plain.get("configuration")
+        if isinstance(inner, Mapping):
+            yield from _codecs(inner)
+            yield from _codecs({"codecs": inner.get("index_codecs")})
 
 
 def _plain(codec: Any) -> dict[str, Any]:
-    if codec is None or isinstance(codec, dict):
-        return codec or {}
+    if isinstance(codec, dict):
+        return codec
     found: dict[str, Any] = codec.get_config() if hasattr(codec, "get_config") else codec.to_dict()
     return found
