@@ -8,7 +8,7 @@ import uuid
 import weakref
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
 from jacray_workers.engine import Prepared, prepare
 from jacray_workers.errors import JobError
@@ -35,7 +35,7 @@ class Client:
     Args:
         address: `local` starts a Ray for this process, or joins the one that the process already has; `auto` and
             `ray://HOST:PORT` connect to a running cluster; `inline` computes in a thread of this process, without
-            Ray.
+            Ray. `http://HOST:PORT` is a service, and takes the arguments of `jacray.http.remote.RemoteClient`.
         workers: how many workers compute at a time.
         cpus_per_worker: what each worker is given; a worker has max(1, int(cpus_per_worker)) torch threads.
         gpus_per_worker: how many GPUs each is given; 0 computes on CPUs.
@@ -43,6 +43,14 @@ class Client:
     Raises:
         RequestError: an argument breaks a rule.
     """
+
+    def __new__(cls, address: str = "local", **_: Any) -> Self:
+        """A client of a service where the address is a URL."""
+        if cls is Client and address.startswith(("http://", "https://")):
+            from jacray.http.remote import RemoteClient
+
+            return cast("Self", object.__new__(RemoteClient))
+        return object.__new__(cls)
 
     def __init__(
         self,
@@ -104,6 +112,10 @@ class Client:
         ledger.seconds["send"] = time.perf_counter() - began
         # What is left of the preparation only gives the results their structure.
         return self._launch(task, replace(prepared, leaves=(), cotangents=None, tangents=None), ledger)
+
+    def compute(self, model: Any, x: Any, *, request: Request | None = None, **fields: Unpack[AllFields]) -> Result:
+        """Submit a job and wait for its result; a service computes small work in one round trip."""
+        return self.submit(model, x, request=request, **fields).result()
 
     @property
     def closed(self) -> bool:

@@ -58,6 +58,37 @@ def plan(file: str, overrides: tuple[str, ...], debug: bool) -> None:  # noqa: A
 
 
 @group.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--port", default=8765, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--ray-address",
+    "address",
+    default="local",
+    show_default=True,
+    help="Where jobs run: inline, local, auto or ray://HOST:PORT.",
+)
+@click.option("--workers", default=2, show_default=True, help="Workers for jobs, and processes for small work.")
+@click.option("--cpus-per-worker", default=1, show_default=True)
+@click.option("--gpus-per-worker", default=0.0, show_default=True)
+@click.option("--state", default="runs/service", show_default=True, help="A folder for uploads, jobs and results.")
+@click.option("--tokens", type=click.Path(), help="A file of lines NAME TOKEN, readable by you alone.")
+@click.option("--tls-cert", type=click.Path(), help="A certificate in PEM.")
+@click.option("--tls-key", type=click.Path(), help="Its key.")
+@click.option("--proxy", is_flag=True, help="A proxy in front of the service does TLS.")
+@click.option("--import-prefix", "import_prefixes", multiple=True, help="A package that models may be imported from.")
+@click.option("--data", type=click.Path(), help="A folder whose files specs may name.")
+@click.option(
+    "--limit", "limits", multiple=True, metavar="NAME=NUMBER", help="Change a limit, such as body_bytes=1000000."
+)
+@_DEBUG
+def serve(debug: bool, **given: object) -> None:  # noqa: ARG001 - `guarded` looks for it
+    """Serve jobs and small work over HTTP until Ctrl-C or SIGTERM."""
+    from jacray.cli.remote import serve_until_stopped
+
+    serve_until_stopped(given)
+
+
+@group.command()
 def schema() -> None:
     """Print the JSON Schema of the YAML, for editors."""
     import json

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,10 +18,11 @@ import numpy as np
 import torch
 import zarr
 from jacray_workers.errors import Plain, UserError
-from jacray_workers.plan import ArrayPlan, Candidate, Plan
+from jacray_workers.plan import ArrayPlan, Plan
 from torch import Tensor
 
 from jacray.chunks import chunk_shape, dimension_names
+from jacray.plans import read_plan
 
 FORMAT = 1
 _UNITS = {
@@ -207,7 +208,7 @@ def open_store(path: Path) -> Store:
         found: Any = group.attrs["jacray"]
         if found["format"] != FORMAT:
             raise UserError(str(path), f"must have format {FORMAT}", found["format"], "use the jacray that wrote it")
-        return Store(group, _plan(found["plan"]), found["structure"], found["fields"])
+        return Store(group, read_plan(found["plan"]), found["structure"], found["fields"])
     except (FileNotFoundError, KeyError, TypeError) as error:
         raise UserError(str(path), "must be a store that jacray wrote", Plain(str(error))) from None
 
@@ -235,19 +236,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _plan(data: Mapping[str, Any]) -> Plan:
-    """The plan that `plain(plan.to_dict())` came from."""
-    known = {f.name for f in fields(Plan)}
-    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items() if key in known}
-    given["arrays"] = tuple(
-        ArrayPlan(**{**a, "shape": tuple(a["shape"]), "dims": tuple(a["dims"])}) for a in data["arrays"]
-    )
-    given["candidates"] = tuple(_candidate(c) for c in data["candidates"])
-    return Plan(**given)
-
-
-def _candidate(data: Mapping[str, Any]) -> Candidate:
-    numbers = {k: float(v) for k, v in data.items() if isinstance(v, str) and v in ("inf", "-inf", "nan")}
-    return Candidate(**{**data, **numbers})

@@ -1,0 +1,315 @@
+"""Which small work is computed next, where, and together with what.
+
+Work of one kind (the same model, request and shapes) that waits is computed as one batch. Users take turns. While work
+of a kind keeps coming, its batch waits a few milliseconds to fill; work that comes alone is never held back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from jacray_workers.errors import FaultError, JobError
+
+from jacray.http.pool import Process, ProcessLostError
+from jacray.http.problems import HttpError, problem
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Ask:
+    """One piece of small work that waits for its answer.
+
+    Attributes:
+        user: whose.
+        kind: what it can be computed together with; None for nothing.
+        model: which model it needs, to find a process that has it warm.
+        samples: how many it holds.
+        item: what the process is told about it.
+        body: its bytes, or empty where a file holds them.
+    """
+
+    user: str
+    kind: Hashable | None
+    model: str
+    samples: int
+    item: Mapping[str, Any]
+    body: Sequence[bytes | memoryview]
+    came: float = field(default_factory=time.monotonic)
+    answer: asyncio.Future[tuple[Mapping[str, Any], bytes | memoryview]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    tries: int = 0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Bounds of batches and queues.
+
+    Attributes:
+        window: seconds that a batch may wait to fill; 0 computes everything by itself.
+        most: samples of one batch.
+        asks: pieces of work of one batch.
+        seconds: how long one batch may compute.
+        per_user, in_all: how much work may wait.
+    """
+
+    window: float
+    most: int
+    asks: int
+    seconds: float
+    per_user: int
+    in_all: int
+
+
+class Watch(Protocol):
+    """Takes what there is to count."""
+
+    def batch(self, size: int, waited: float, facts: Mapping[str, Any]) -> None:
+        """A batch was computed."""
+
+    def process_lost(self, reason: str) -> None:
+        """A process died or was ended."""
+
+
+class Small:
+    """The processes for small work and the queue before them. Lives on one event loop.
+
+    Args:
+        make: makes a process that is not started yet.
+        count: how many.
+        rules: bounds.
+        watch: counts.
+    """
+
+    def __init__(self, make: Callable[[], Process], count: int, rules: Rules, watch: Watch) -> None:
+        self._make, self._count, self.rules, self._watch = make, count, rules, watch
+        self._queues: OrderedDict[str, deque[Ask]] = OrderedDict()
+        self._waiting = 0
+        self._news = asyncio.Event()
+        self._recent: dict[Hashable, int] = {}
+        self._seats: list[asyncio.Task[None]] = []
+        self._warm: list[OrderedDict[str, None]] = [OrderedDict() for _ in range(count)]
+        self._idle: set[int] = set()
+        self.ready = 0
+        self.busy = 0
+
+    def start(self) -> None:
+        """Start the processes without waiting for them."""
+        self._seats = [asyncio.create_task(self._serve(i), name=f"compute-{i}") for i in range(self._count)]
+
+    async def stop(self) -> None:
+        """End the processes; work that waits is told so."""
+        for task in self._seats:
+            task.cancel()
+        await asyncio.gather(*self._seats, return_exceptions=True)
+        for queue in self._queues.values():
+            for ask in queue:
+                _fail(ask, HttpError(503, "service", "is stopping", None, "try again soon", {"Retry-After": "5"}))
+        self._queues.clear()
+
+    @property
+    def waiting(self) -> int:
+        """How much work waits."""
+        return self._waiting
+
+    async def compute(self, ask: Ask) -> tuple[Mapping[str, Any], bytes | memoryview]:
+        """Wait for the answer to a piece of work.
+
+        Raises:
+            HttpError: too much waits already.
+        """
+        queue = self._queues.setdefault(ask.user, deque())
+        if len(queue) >= self.rules.per_user or self._waiting >= self.rules.in_all:
+            rule = (
+                f"may have {self.rules.per_user} requests waiting" if len(queue) >= self.rules.per_user else "is busy"
+            )
+            raise HttpError(429, "requests", rule, None, "send fewer at a time", {"Retry-After": "1"})
+        self._put(ask)
+        try:
+            return await ask.answer
+        except asyncio.CancelledError:
+            self._forget(ask)
+            raise
+
+    def _put(self, ask: Ask) -> None:
+        self._queues.setdefault(ask.user, deque()).append(ask)
+        self._waiting += 1
+        self._news.set()
+
+    def _forget(self, ask: Ask) -> None:
+        queue = self._queues.get(ask.user)
+        if queue is not None and ask in queue:
+            queue.remove(ask)
+            self._waiting -= 1
+
+    async def _serve(self, seat: int) -> None:
+        """One seat: keep a process in it, and give it batches for ever."""
+        process: Process | None = None
+        try:
+            while True:
+                if process is None:
+                    process = await self._started(seat)
+                batch = await self._next(seat)
+                self.busy += 1
+                try:
+                    alive = await self._run(process, seat, batch)
+                finally:
+                    self.busy -= 1
+                if not alive:
+                    self.ready -= 1
+                    await process.stop()
+                    process = None
+        finally:
+            if process is not None:
+                self.ready -= 1
+                await process.stop()
+
+    async def _started(self, seat: int) -> Process:
+        delay = 0.1
+        while True:
+            process = self._make()
+            try:
+                await process.start()
+            except (ProcessLostError, TimeoutError, OSError) as error:
+                logger.error("a compute process could not be started: %s", error)
+                await process.stop()
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 10.0)
+                continue
+            self._warm[seat].clear()
+            self.ready += 1
+            return process
+
+    async def _next(self, seat: int) -> list[Ask]:
+        """The next batch for a seat: the oldest work of the user whose turn it is, and what goes with it."""
+        while True:
+            self._idle.add(seat)
+            while not self._waiting:
+                self._news.clear()
+                await self._news.wait()
+            first = self._pick(seat)
+            if first is None:  # another idle seat has its model warm and will take it
+                await asyncio.sleep(0)
+                continue
+            self._idle.discard(seat)
+            if first.kind is not None and self._recent.get(first.kind, 1) > 1:
+                await self._fill(first)
+            if first.answer.done():
+                continue
+            return self._gather(first)
+
+    def _pick(self, seat: int) -> Ask | None:
+        """Take the first work of the next user, unless a free seat suits it better."""
+        for user in list(self._queues):
+            queue = self._queues[user]
+            if not queue:
+                del self._queues[user]
+                continue
+            ask = queue[0]
+            better = any(ask.model in self._warm[other] for other in self._idle if other != seat)
+            if better and ask.model not in self._warm[seat]:
+                continue
+            queue.popleft()
+            self._waiting -= 1
+            self._queues.move_to_end(user)
+            return ask
+        return None
+
+    async def _fill(self, first: Ask) -> None:
+        """Wait for as many as came last time, but no longer than the window."""
+        until = first.came + self.rules.window
+        wanted = min(self._recent.get(first.kind, 1), self.rules.asks) - 1
+        while (left := until - time.monotonic()) > 0 and self._alike(first) < wanted:
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), left)
+
+    def _alike(self, first: Ask) -> int:
+        return sum(ask.kind == first.kind for queue in self._queues.values() for ask in queue)
+
+    def _gather(self, first: Ask) -> list[Ask]:
+        """The work that is computed with the first: of its kind, users in turn, within the bounds."""
+        batch, samples = [first], first.samples
+        if first.kind is None or self.rules.window <= 0:
+            return batch
+        alike = [deque(ask for ask in queue if ask.kind == first.kind) for queue in self._queues.values()]
+        while alike and len(batch) < self.rules.asks:
+            queue = alike.pop(0)
+            if not queue:
+                continue
+            ask = queue.popleft()
+            if samples + ask.samples > self.rules.most:
+                break
+            batch.append(ask)
+            samples += ask.samples
+            alike.append(queue)
+        taken = set(map(id, batch[1:]))
+        for user, waiting in self._queues.items():
+            if taken:
+                self._queues[user] = deque(ask for ask in waiting if id(ask) not in taken)
+        self._waiting -= len(taken)
+        self._recent[first.kind] = len(batch)
+        while len(self._recent) > 1024:
+            self._recent.pop(next(iter(self._recent)))
+        return batch
+
+    async def _run(self, process: Process, seat: int, batch: list[Ask]) -> bool:
+        """Compute a batch; returns whether the process can go on."""
+        began = time.monotonic()
+        head = {"id": id(batch), "items": [ask.item for ask in batch]}
+        payload = [part for ask in batch for part in ask.body]
+        try:
+            async with asyncio.timeout(self.rules.seconds):
+                found, data = await process.exchange(head, payload)
+        except TimeoutError:
+            self._ended(batch, _too_long(self.rules.seconds), "time")
+            return False
+        except ProcessLostError:
+            self._ended(batch, FaultError("the process that computed this ended; it may need more memory"), "died")
+            return False
+        self._warm[seat][batch[0].model] = None
+        self._warm[seat].move_to_end(batch[0].model)
+        while len(self._warm[seat]) > 64:
+            self._warm[seat].popitem(last=False)
+        self._watch.batch(len(batch), began - batch[0].came, found["facts"])
+        at, view = 0, memoryview(data)
+        for ask, answer in zip(batch, found["answers"], strict=True):
+            count = 0 if "file" in answer else answer.get("size", 0)
+            if not ask.answer.done():
+                ask.answer.set_result((answer, view[at : at + count]))
+            at += count
+        return True
+
+    def _ended(self, batch: list[Ask], error: Exception, reason: str) -> None:
+        """The process is gone: a piece that was computed with others may not be to blame and is tried alone."""
+        self._watch.process_lost(reason)
+        for ask in batch:
+            ask.tries += 1
+            if ask.answer.done():
+                continue
+            if len(batch) > 1 or (reason == "died" and ask.tries < 2):
+                ask.kind = None
+                self._put(ask)
+            else:
+                _fail(ask, error)
+
+
+def _too_long(seconds: float) -> JobError:
+    return JobError(
+        "request", f"must be computed within {seconds:g} s", None, "submit it as a job, which may take longer"
+    )
+
+
+def _fail(ask: Ask, error: Exception) -> None:
+    if not ask.answer.done():
+        found = problem(error)
+        headers = error.headers if isinstance(error, HttpError) else {}
+        ask.answer.set_result(({"status": found["status"], "problem": found, "headers": headers}, b""))

@@ -1,0 +1,241 @@
+"""A client's connections to a service: kept open, shared by threads, and made again when they drop."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from jacray_workers.errors import FaultError, JobError, Plain, RequestError
+
+from jacray.http import wire
+from jacray.http.problems import error_of
+
+Parts = Sequence[bytes | memoryview]
+_DROPPED = (ConnectionError, http.client.HTTPException, TimeoutError, ssl.SSLError, OSError)
+_AGAIN = (502, 503, 504)
+TOKEN = "JACRAY_TOKEN"  # noqa: S105 - the name of a variable
+
+
+class Connections:
+    """Connections to one service.
+
+    Every request here may be sent twice without doing anything twice: reading, computing and uploading by content
+    change nothing, and a job is submitted under a key of its own. So whatever drops is simply sent again.
+
+    Args:
+        url: `http://HOST:PORT` or `https://HOST:PORT`.
+        token: sent with every request; JACRAY_TOKEN by default.
+        timeout: how many seconds a connection may stand still.
+        retries: how often a request that was dropped is sent again.
+
+    Raises:
+        RequestError: the URL is none.
+    """
+
+    def __init__(self, url: str, token: str | None = None, timeout: float = 300.0, retries: int = 5) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise RequestError("address", "must be http://HOST:PORT or https://HOST:PORT", url)
+        self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
+        self._host, self._port, self._tls = parts.hostname, parts.port, parts.scheme == "https"
+        self._path = parts.path.rstrip("/")
+        found = token or os.environ.get(TOKEN)
+        self._headers = {"Authorization": f"Bearer {found}"} if found else {}
+        self._lock, self._idle, self._closed = threading.Lock(), list[http.client.HTTPConnection](), False
+
+    def json(self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Any = None) -> Any:
+        """Send and receive JSON data.
+
+        Raises:
+            JacrayError: what the service says is wrong.
+        """
+        parts = [] if body is None else [wire.dump(body).encode()]
+        with self.open(method, path, query=query, media="application/json", parts=parts) as response:
+            text = response.read()
+        return json.loads(text) if text else None
+
+    def tensors(
+        self, path: str, parts: Parts, *, method: str = "POST", query: Mapping[str, Any] | None = None
+    ) -> memoryview:
+        """Send a message and receive one, whole, in memory of its own.
+
+        Raises:
+            JacrayError: what the service says is wrong.
+        """
+        found: memoryview = self._repeat(lambda: self._tensors(method, path, parts, query))
+        return found
+
+    def _tensors(self, method: str, path: str, parts: Parts, query: Mapping[str, Any] | None) -> memoryview:
+        with self._once(method, path, query, wire.MEDIA, parts, {"Accept": wire.MEDIA}) as response:
+            return read_message(response)
+
+    @contextlib.contextmanager
+    def open(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        media: str = wire.MEDIA,
+        parts: Parts = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> Iterator[http.client.HTTPResponse]:
+        """An answer to read from; one that drops before it begins is asked for again.
+
+        Raises:
+            JacrayError: what the service says is wrong.
+        """
+        sent = {"Accept": "application/json, text/event-stream", **(headers or {})}
+        stack = contextlib.ExitStack()
+        with stack:
+            yield self._repeat(lambda: stack.enter_context(self._once(method, path, query, media, parts, sent)))
+
+    def close(self) -> None:
+        """End all connections that nobody uses."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def _repeat(self, once: Any) -> Any:
+        """Do it again while it drops, a little later every time."""
+        for attempt in range(self.retries + 1):
+            try:
+                return once()
+            except _Again as again:
+                if attempt == self.retries:
+                    raise again.error from None
+                pause = again.after or min(0.1 * 2**attempt, 3.0) * (0.5 + random.random() / 2)  # noqa: S311 - no secret
+                time.sleep(pause)
+        raise AssertionError  # pragma: no cover
+
+    @contextlib.contextmanager
+    def _once(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any] | None,
+        media: str,
+        parts: Parts,
+        headers: Mapping[str, str],
+    ) -> Iterator[http.client.HTTPResponse]:
+        """One attempt. A connection that failed is closed; one whose answer was read whole is kept."""
+        where = f"{self._path}{quote(path, safe='/:.')}" + (f"?{urlencode(query)}" if query else "")
+        connection, kept = None, False
+        try:
+            connection = self._take()
+            response = self._send(connection, method, where, media, parts, headers)
+            if response.status >= 400:
+                raise self._error(response)
+            yield response
+            kept = response.isclosed() or not response.read(1)
+        except _DROPPED as error:
+            if isinstance(error, FaultError | JobError):
+                raise
+            text = str(error) or type(error).__name__
+            lost = FaultError(f"no answer from {self.url}: {text}; is `jacray serve` running there?")
+            raise _Again(lost) from error
+        finally:
+            if connection is not None:
+                self._give_back(connection, keep=kept)
+
+    def _send(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        where: str,
+        media: str,
+        parts: Parts,
+        headers: Mapping[str, str],
+    ) -> http.client.HTTPResponse:
+        connection.putrequest(method, where, skip_accept_encoding=True)
+        for name, value in {**self._headers, **headers}.items():
+            connection.putheader(name, value)
+        size = sum(len(part) for part in parts)
+        if parts or method in ("POST", "PUT"):
+            connection.putheader("Content-Type", media)
+            connection.putheader("Content-Length", str(size))
+        small = size < 1 << 16
+        try:
+            connection.endheaders(b"".join(parts) if small and size else None)
+            for part in () if small else parts:
+                connection.send(part)
+        except (BrokenPipeError, ConnectionResetError):
+            # A service that refuses a body says why before it hangs up.
+            with contextlib.suppress(*_DROPPED):
+                return connection.getresponse()
+            raise
+        return connection.getresponse()
+
+    def _error(self, response: http.client.HTTPResponse) -> Exception:
+        text = response.read(1 << 20)
+        try:
+            error = error_of(json.loads(text))
+        except (ValueError, AttributeError):
+            plain = Plain(text[:200].decode("utf-8", "replace"))
+            error = FaultError(f"{self.url} answered {response.status}: {plain}")
+        if response.status in _AGAIN:
+            after = response.headers.get("Retry-After", "")
+            return _Again(error, float(after) if after.isdigit() else 0.0)
+        return error
+
+    def _take(self) -> http.client.HTTPConnection:
+        with self._lock:
+            if self._closed:
+                raise JobError("client", "is closed", None, "make a new jacray.Client")
+            while self._idle:
+                connection = self._idle.pop()
+                if not _gone(connection):
+                    return connection
+                connection.close()
+        kind = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
+        return kind(self._host, self._port, timeout=self.timeout)
+
+    def _give_back(self, connection: http.client.HTTPConnection, *, keep: bool) -> None:
+        with self._lock:
+            if keep and not self._closed and connection.sock is not None:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+
+class _Again(Exception):  # noqa: N818 - it is a message to the loop, not an error
+    def __init__(self, error: Exception, after: float = 0.0) -> None:
+        super().__init__(str(error))
+        self.error, self.after = error, after
+
+
+def _gone(connection: http.client.HTTPConnection) -> bool:
+    """Whether the service has closed an idle connection: then there is an end of file to read."""
+    import select
+
+    if connection.sock is None:
+        return True
+    readable, _, _ = select.select([connection.sock], [], [], 0)
+    return bool(readable)
+
+
+def read_message(response: http.client.HTTPResponse) -> memoryview:
+    """A whole message in one piece of writable memory."""
+    import numpy as np
+
+    if response.length is None:
+        return memoryview(bytearray(response.read()))
+    data = np.empty(response.length, np.uint8).data.cast("B")
+    at = 0
+    while at < len(data):
+        count = response.readinto(data[at:])
+        if not count:
+            raise http.client.IncompleteRead(bytes(at), len(data) - at)
+        at += count
+    return data

@@ -1,0 +1,66 @@
+"""JSON Schemas of what travels as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_TEXT: Mapping[str, Any] = {"type": "string"}
+_WHOLE: Mapping[str, Any] = {"type": "integer"}
+_NUMBER: Mapping[str, Any] = {"type": "number"}
+DIGEST: Mapping[str, Any] = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
+
+
+def mapping(properties: Mapping[str, Any], required: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """An object with these properties, all of them required unless said otherwise."""
+    return {"type": "object", "properties": properties, "required": list(properties if required is None else required)}
+
+
+def listing(name: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    """An object that holds a list."""
+    return mapping({name: {"type": "array", "items": item}})
+
+
+PROBLEM = mapping(
+    {
+        "type": _TEXT, "title": _TEXT, "status": _WHOLE, "detail": _TEXT, "kind": _TEXT, "key": _TEXT, "rule": _TEXT,
+        "value": {"type": ["string", "null"]}, "way_out": _TEXT,
+    },
+    ("type", "title", "status", "detail", "kind"),
+)  # fmt: skip
+UPLOADED = mapping({"digest": DIGEST, "kind": _TEXT, "bytes": _WHOLE, "tensors": _WHOLE})
+UPLOAD = mapping({"digest": DIGEST, "kind": _TEXT, "bytes": _WHOLE, "at": _NUMBER})
+STATUS = mapping({"status": _TEXT})
+READINESS = mapping({"status": _TEXT, "processes": _WHOLE})
+RESULTS = mapping({"results": {"type": "object"}, "receipt": {"type": "object"}})
+_NESTED: Mapping[str, Any] = {"type": "array"}
+WORK: Mapping[str, Any] = {
+    **mapping(
+        {
+            "model": {
+                "type": "object",
+                "description": 'a model spec, or {"digest": "sha256:..."} of an uploaded model',
+                "properties": {"kind": {"enum": ["layers", "function", "graph", "import"]}, "digest": DIGEST},
+            },
+            "inputs": {
+                "type": ["array", "object"],
+                "description": 'nested lists with the batch first, an input spec, or {"digest": "sha256:..."}',
+            },
+            "request": {
+                "type": "object",
+                "description": "the request vocabulary: wrt, returns, weights, ...",
+                "properties": {
+                    "returns": {"type": ["array", "string"]},
+                    "method": {"enum": ["auto", "reverse", "forward", "backward_loop", "layerwise", "chain"]},
+                },
+            },
+            "options": {
+                "type": "object",
+                "properties": {"batch": {"type": "boolean", "description": "may be computed with other requests"}},
+                "additionalProperties": False,
+            },
+        },
+        ("model", "inputs"),
+    ),
+    "additionalProperties": False,
+}

@@ -1,0 +1,49 @@
+"""Start a service and run it until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable
+
+from jacray_workers.errors import Plain, RequestError
+
+from jacray.http.settings import Settings, check_exposure
+from jacray.http.tokens import read_tokens
+
+logger = logging.getLogger(__name__)
+
+
+def serve(settings: Settings, say: Callable[[str], None]) -> None:
+    """Listen and serve until SIGTERM or Ctrl-C.
+
+    Args:
+        settings: how.
+        say: told the address once it is listening.
+
+    Raises:
+        RequestError: others could come in without a token or without encryption, or the port is taken.
+    """
+    tokens = read_tokens(settings.tokens)
+    check_exposure(settings, len(tokens))
+    sock = _listen(settings)
+    from jacray.http.server import make_server
+
+    server = make_server(settings, tokens)
+    host, port = sock.getsockname()[:2]
+    scheme = "https" if settings.tls_cert else "http"
+    shown = f"[{host}]" if ":" in host else host
+    say(f"jacray serves at {scheme}://{shown}:{port} (Ctrl-C stops)")
+    server.run(sockets=[sock])
+
+
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((settings.host, settings.port))
+    except OSError as error:
+        address = Plain(f"{settings.host}:{settings.port}")
+        raise RequestError("port", f"must be free to listen on: {error.strerror}", address, "choose another") from None
+    return sock

@@ -1,0 +1,211 @@
+"""The service itself: what each operation does, with no word of the framework that carries it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jacray_workers.errors import InputError, Plain
+
+from jacray.http import wire
+from jacray.http.batching import Ask, Rules, Small
+from jacray.http.calls import Answer, Body, Call, failed, file_pieces, receive, said
+from jacray.http.database import Database
+from jacray.http.metrics import Metrics
+from jacray.http.policy import Policy
+from jacray.http.pool import Process
+from jacray.http.problems import HttpError
+from jacray.http.settings import Settings
+from jacray.http.shapes import kind_of
+from jacray.http.uploads import KINDS, Uploads
+
+logger = logging.getLogger(__name__)
+
+KEYS = ("model", "inputs", "request", "options")
+
+
+class Service:
+    """Everything behind the routes. Lives on one event loop, computes nothing and never blocks it.
+
+    Args:
+        settings: how it is set up.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.limits = settings, settings.limits
+        self.metrics = Metrics()
+        self.stopping = False
+        state = settings.state
+        for name in ("incoming", "empty"):
+            (state / name).mkdir(parents=True, exist_ok=True)
+        self.incoming, self.empty = state / "incoming", state / "empty"
+        for left in self.incoming.iterdir():  # of uploads that a killed server never finished
+            left.unlink(missing_ok=True)
+        self.spool = Path(tempfile.mkdtemp(prefix="jacray-", dir=_quick_folder(state)))
+        self.database = Database(state / "service.sqlite")
+        self.uploads = Uploads(state / "uploads", self.database, self.limits.stored_bytes)
+        rules = Rules(
+            self.limits.window_seconds, self.limits.batch_samples, self.limits.batch_requests,
+            self.limits.compute_seconds, self.limits.waiting_per_user, self.limits.waiting,
+        )  # fmt: skip
+        self.small = Small(self._process, settings.workers, rules, self.metrics)
+
+    async def start(self) -> None:
+        """Make ready; the processes start in the background."""
+        await self.uploads.begin()
+        self.small.start()
+
+    async def stop(self) -> None:
+        """Let what is being computed finish for a while, then end everything."""
+        self.stopping = True
+        until = time.monotonic() + self.limits.stop_seconds
+        while (self.small.busy or self.small.waiting) and time.monotonic() < until:  # noqa: ASYNC110 - rare
+            await asyncio.sleep(0.05)
+        await self.small.stop()
+        self.database.close()
+        shutil.rmtree(self.spool, ignore_errors=True)
+
+    @property
+    def ready(self) -> bool:
+        """Whether work is taken."""
+        return not self.stopping and self.small.ready > 0
+
+    # Operations -------------------------------------------------------------------------------------------------
+
+    async def health(self, _call: Call) -> Answer:
+        """The process runs and its event loop goes round."""
+        return said({"status": "ok"})
+
+    async def readiness(self, _call: Call) -> Answer:
+        """Whether work is taken now."""
+        found = {"status": "ready" if self.ready else "not ready", "processes": self.small.ready}
+        return said(found, 200 if self.ready else 503, {} if self.ready else {"Retry-After": "1"})
+
+    async def metrics_text(self, _call: Call) -> Answer:
+        """What there is to count, for Prometheus."""
+        self.metrics.look(self.small.waiting, self.small.ready, self.small.busy)
+        return Answer(200, self.metrics.text(), self.metrics.media)
+
+    async def compute(self, call: Call) -> Answer:
+        """Small work in one round trip."""
+        began = time.monotonic()
+        body = await receive(call, self.limits, self.spool)
+        try:
+            return await self._compute(call, body)
+        finally:
+            body.forget()
+            self.metrics.served("compute", time.monotonic() - began, body.size)
+
+    async def _compute(self, call: Call, body: Body) -> Answer:
+        header = await body.header() if body.media == wire.MEDIA else None
+        about = header.about if header is not None else await body.json()
+        ask = self._ask(call, body, check_about(about), header)
+        answer, data = await self.small.compute(ask)
+        if "problem" in answer:
+            return failed(answer["problem"], answer.get("headers"))
+        size, media = answer["size"], "application/json" if call.accept == "json" else wire.MEDIA
+        if "file" in answer:
+            return Answer(200, file_pieces(Path(answer["file"]), size, forget=True), media, size=size)
+        return Answer(200, data, media)
+
+    def _ask(self, call: Call, body: Body, about: Mapping[str, Any], header: wire.Header | None) -> Ask:
+        policy = self.policy(call.user)
+        model, key = policy.model(about.get("model"))
+        inputs, stored = policy.inputs(about.get("inputs"))
+        item: dict[str, Any] = {
+            "about": {"inputs": inputs, "request": about.get("request") or {}},
+            "model": model, "model_key": key, "accept": call.accept,
+        }  # fmt: skip
+        if stored is not None:
+            item["inputs_file"] = stored
+        if header is not None:
+            item |= {"file": str(body.file)} if body.file is not None else {"size": body.size}
+        together = body.file is None and stored is None and about.get("options", {}).get("batch", True)
+        kind, samples = kind_of(key, about, header)
+        fits = samples <= self.limits.batch_samples // 2
+        parts = body.parts if header is not None and body.file is None else []
+        return Ask(call.user, kind if together and fits else None, key, samples, item, parts)
+
+    async def upload(self, call: Call, kind: str) -> Answer:
+        """Keep a model or tensors under the digest of their bytes."""
+        body = await receive(call, self.limits, self.incoming, store=True)
+        try:
+            found, new = await self.uploads.add(call.user, kind, body)
+        finally:
+            body.forget()
+        where = f"/v1/{kind}/{found['digest']}"
+        return said(found, 201 if new else 200, {"Location": where})
+
+    async def uploaded(self, call: Call, kind: str) -> Answer:
+        """What the user keeps."""
+        return said({kind: await self.uploads.list(call.user, kind)})
+
+    async def one_upload(self, call: Call, kind: str) -> Answer:
+        """One upload."""
+        return said(await self.uploads.one(call.user, kind, call.path["digest"]))
+
+    async def remove_upload(self, call: Call, kind: str) -> Answer:
+        """Forget one upload."""
+        await self.uploads.remove(call.user, kind, call.path["digest"])
+        return Answer(204)
+
+    # Parts ------------------------------------------------------------------------------------------------------
+
+    def policy(self, user: str) -> Policy:
+        """What this user's specs may name."""
+        find = functools.partial(self.uploads.find, user)
+        return Policy(find, self.settings.data, self.settings.import_prefixes)
+
+    def _process(self) -> Process:
+        limits = self.limits
+        told = {
+            "result_bytes": limits.result_bytes, "file_bytes": 1 << 20, "json_numbers": limits.json_numbers,
+            "folder": str(self.spool), "warm_bytes": limits.warm_bytes, "memory_bytes": limits.memory_bytes,
+            "process_bytes": 0 if self.settings.gpus_per_worker else self.settings.process_bytes,
+            "base": str(self.empty.resolve()), "import_prefixes": self.settings.import_prefixes,
+        }  # fmt: skip
+        return Process("jacray.http.compute", told, self.settings.cpus_per_worker)
+
+
+def check_about(about: Any) -> Mapping[str, Any]:
+    """The message besides its tensors, with its own keys checked.
+
+    Raises:
+        InputError: an unknown key, or a part of another kind.
+    """
+    if not isinstance(about, dict):
+        raise InputError("body", "must be a JSON object", about)
+    unknown = next((key for key in about if key not in KEYS), None)
+    if unknown is not None:
+        raise InputError(unknown, "is not a known name", None, f"known names: {', '.join(KEYS)}")
+    for name in ("request", "options"):
+        if not isinstance(about.get(name, {}), dict):
+            raise InputError(name, "must be a mapping", about[name])
+    batch = about.get("options", {}).get("batch", True)
+    if set(about.get("options", {})) - {"batch"} or not isinstance(batch, bool):
+        raise InputError("options", "may hold batch: true or false", about["options"])
+    return about
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a kind of upload that there is not."""
+    if kind not in KINDS:
+        raise HttpError(404, "path", f"must name one of {', '.join(KINDS)}", Plain(kind))
+
+
+def _quick_folder(state: Path) -> Path:
+    """Memory where there is some to spare, for what lives a moment; else the state's own disk."""
+    quick = Path("/dev/shm")  # noqa: S108 - a folder with a random name and mode 0700 is made in it
+    try:
+        if shutil.disk_usage(quick).free > 4 << 30:
+            return quick
+    except OSError:
+        pass
+    return state

@@ -1,0 +1,188 @@
+"""Tensors on the wire: safetensors, that is a length, a JSON header with types, shapes and places, then raw bytes.
+
+What a message says besides its tensors stands as one JSON text in the header's metadata. Nothing here needs torch, and
+nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jacray_workers.errors import InputError, Plain
+
+MEDIA = "application/x-safetensors"
+PREFIX = 8
+MAX_HEADER = 4 << 20
+ITEM = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1
+}  # fmt: skip
+"""Bytes of one number by safetensors' name of its type."""
+_KEY = "jacray"
+_MAX_AXES = 32
+
+
+class WireError(InputError):
+    """A body that is not what its media type says."""
+
+    http_status = 400
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a message.
+
+    Attributes:
+        name: what it is called.
+        dtype: safetensors' name of its type.
+        shape: its sizes.
+        start, stop: its bytes, from the end of the header.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What stands before the bytes.
+
+    Attributes:
+        about: the message besides its tensors.
+        entries: the tensors in the order of their bytes.
+        size: how many bytes come before the first tensor's.
+    """
+
+    about: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+    size: int
+
+    @property
+    def total(self) -> int:
+        """How many bytes the whole message has."""
+        return self.size + (self.entries[-1].stop if self.entries else 0)
+
+
+def write_header(about: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """The bytes before the tensors.
+
+    Args:
+        about: the message besides its tensors, as JSON data.
+        tensors: name, type and shape of each, in the order in which their bytes will follow.
+    """
+    found: dict[str, Any] = {"__metadata__": {_KEY: dump(about)}}
+    at = 0
+    for name, dtype, shape in tensors:
+        stop = at + math.prod(shape) * ITEM[dtype]
+        found[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(found, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def dump(value: Any) -> str:
+    """JSON without spaces; infinities and NaN must have become texts."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def header_size(prefix: bytes | memoryview) -> int:
+    """How many bytes come before the tensors, from a message's first eight.
+
+    Raises:
+        WireError: the length is out of bounds.
+    """
+    if len(prefix) < PREFIX:
+        raise WireError("body", "must be a safetensors file, which starts with 8 bytes", Plain(f"{len(prefix)} bytes"))
+    (length,) = struct.unpack("<Q", bytes(prefix[:PREFIX]))
+    if not 2 <= length <= MAX_HEADER:
+        rule = f"must be a safetensors file with a header of 2 to {MAX_HEADER:,} bytes"
+        raise WireError("body", rule, Plain(f"{length} bytes"))
+    return int(PREFIX + length)
+
+
+def read_header(data: bytes | memoryview) -> Header:
+    """The header of a message, fully checked; `data` holds at least the header.
+
+    Raises:
+        WireError: it is not safetensors, or its tensors overlap, leave holes, or have another size than their shape.
+    """
+    size = header_size(data)
+    if len(data) < size:
+        raise WireError("body", f"must hold its header of {size} bytes", Plain(f"{len(data)} bytes"))
+    found = load(bytes(data[PREFIX:size]), "body")
+    if not isinstance(found, dict):
+        raise WireError("body", "must have a JSON object as its header", found)
+    metadata = found.pop("__metadata__", {})
+    entries = sorted((_entry(name, value) for name, value in found.items()), key=lambda e: (e.start, e.stop))
+    at = 0
+    for entry in entries:
+        if entry.start != at:
+            raise WireError(f"body.{entry.name}", f"must start at byte {at}, where the one before it ends", entry.start)
+        at = entry.stop
+    return Header(_about(metadata), tuple(entries), size)
+
+
+def load(text: bytes | str, argument: str) -> Any:
+    """JSON as strict readers see it: no NaN, no infinity, no name twice.
+
+    Raises:
+        WireError: it is no JSON.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise WireError(argument, f"must be JSON: {error}") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
+
+
+def _about(metadata: Any) -> Mapping[str, Any]:
+    if not isinstance(metadata, dict) or not all(isinstance(part, str) for part in metadata.values()):
+        raise WireError("body.__metadata__", "must map names to texts", metadata)
+    if _KEY not in metadata:
+        return {}
+    found = load(metadata[_KEY], f"body.__metadata__.{_KEY}")
+    if not isinstance(found, dict):
+        raise WireError(f"body.__metadata__.{_KEY}", "must be the JSON text of an object", found)
+    return found
+
+
+def _entry(name: str, value: Any) -> Entry:
+    where = f"body.{name}"
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise WireError(where, "must have dtype, shape and data_offsets", value)
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM:
+        raise WireError(f"{where}.dtype", f"must be one of {', '.join(ITEM)}", dtype)
+    if not _sizes(shape) or len(shape) > _MAX_AXES:
+        raise WireError(f"{where}.shape", f"must be a list of at most {_MAX_AXES} sizes", shape)
+    if not _sizes(offsets) or len(offsets) != 2:
+        raise WireError(f"{where}.data_offsets", "must be a start and a stop", offsets)
+    start, stop = offsets
+    if stop - start != math.prod(shape) * ITEM[dtype]:
+        rule = f"must span the {math.prod(shape) * ITEM[dtype]} bytes of its shape"
+        raise WireError(f"{where}.data_offsets", rule, offsets)
+    return Entry(name, dtype, tuple(shape), start, stop)
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**48 for n in value)
