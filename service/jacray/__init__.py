@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from jacray.api import compute, jacobian, plan, weighted_gradient
     from jacray.client import Client
+    from jacray.exporting import export
     from jacray.job import Job, JobStatus, JobTimeoutError
     from jacray.result import Result
     from jacray.runs import load
@@ -66,6 +67,7 @@ __all__ = [
     "__version__",
     "compute",
     "errors",
+    "export",
     "jacobian",
     "load",
     "plan",
@@ -75,6 +77,7 @@ __all__ = [
 _HOMES = {
     "jacray.api": ("compute", "jacobian", "plan", "weighted_gradient"),
     "jacray.client": ("Client",),
+    "jacray.exporting": ("export",),
     "jacray.job": ("Job", "JobStatus", "JobTimeoutError"),
     "jacray.result": ("Result",),
     "jacray.runs": ("load",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from jacray_workers.errors import ModelError, Plain
+from jacray_workers.models import graph
 from jacray_workers.models.formula import FunctionModel
 from jacray_workers.models.function import FormulaModule
 from jacray_workers.models.imported import build_imported
 from jacray_workers.models.layers import build_layers
-from jacray_workers.models.specs import ImportModel, LayersModel, ModelSpec
+from jacray_workers.models.specs import GraphModel, LayersModel, ModelSpec
 from jacray_workers.models.weights import load_weights
 from jacray_workers.planning.explain import size
 from jacray_workers.spec_parts import file_digest, find
@@ -28,9 +30,7 @@ from jacray_workers.validation import explain
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(ModelSpec)
 
 
-def build(
-    spec: LayersModel | ImportModel | FunctionModel, base: Path, import_prefixes: Sequence[str] | None = None
-) -> nn.Module:
+def build(spec: Any, base: Path, import_prefixes: Sequence[str] | None = None) -> nn.Module:
     """Make the module that a spec describes.
 
     Args:
@@ -43,19 +43,25 @@ def build(
     """
     if isinstance(spec, FunctionModel):
         return FormulaModule(spec)
-    if isinstance(spec, LayersModel):
-        _check_memory(spec)
-    with _seeded(spec.seed):
-        if isinstance(spec, LayersModel):
-            module: Any = build_layers(spec.layers)
-        else:
-            folder = find(spec.path, base, "model.path", ModelError)
-            module = build_imported(spec.target, spec.args, folder, import_prefixes)
+    module = _made(spec, base, import_prefixes)
     if not isinstance(module, nn.Module):
         raise ModelError("model.target", "must make an nn.Module", type(module).__name__)
     if spec.weights is not None:
         load_weights(module, find(spec.weights, base, "model.weights", ModelError, (".safetensors",)))
     return module.eval()
+
+
+def _made(spec: Any, base: Path, import_prefixes: Sequence[str] | None) -> Any:
+    """The model before its weights are loaded."""
+    if isinstance(spec, GraphModel):
+        return graph.read(find(spec.path, base, "model.path", ModelError, (".safetensors",)))
+    if isinstance(spec, LayersModel):
+        _check_memory(spec)
+        with _seeded(spec.seed):
+            return build_layers(spec.layers)
+    folder = find(spec.path, base, "model.path", ModelError)
+    with _seeded(spec.seed):
+        return build_imported(spec.target, spec.args, folder, import_prefixes)
 
 
 def as_model(model: Any, base: Path | None = None) -> Any:
@@ -73,19 +79,21 @@ def as_model(model: Any, base: Path | None = None) -> Any:
             model = _ADAPTER.validate_python(dict(model))
         except ValidationError as error:
             raise ModelError(*explain(error, ModelSpec, "model")) from None
-    if isinstance(model, LayersModel | ImportModel | FunctionModel):
+    if isinstance(model, typing.get_args(typing.get_args(ModelSpec)[0])):
         return build(model, base or Path.cwd())
     return model
 
 
-def digest(spec: LayersModel | ImportModel | FunctionModel, base: Path) -> str:
-    """A sha256 of the spec and of the weights' bytes; the weights' path does not matter.
+def digest(spec: Any, base: Path) -> str:
+    """A sha256 of the spec and of the bytes of the files that it names; their paths do not matter.
 
     Raises:
-        ModelError: there is no such weights file.
+        ModelError: there is no such file.
     """
     content = spec.model_dump(mode="json")
-    content.pop("path", None)
+    path = content.pop("path", None)
+    if isinstance(spec, GraphModel):
+        content["file"] = file_digest(find(path, base, "model.path", ModelError))
     weights = content.pop("weights", None)
     if weights is not None:
         content["weights"] = file_digest(find(weights, base, "model.weights", ModelError))

@@ -157,6 +157,14 @@ class ImportModel(Spec):
         return target
 
 
+class GraphModel(Spec):
+    """A model file that `jacray.export` or `jacray export` wrote; reading it runs no code."""
+
+    kind: Literal["graph"] = "graph"
+    path: SpecPath = Field(description="a graph file, which is a safetensors file")
+    weights: Weights = None
+
+
 def blocks(layers: LayerList, path: str = "layers") -> Iterator[tuple[str, LayerList]]:
     """Every list of layers in a spec with its dotted path, outer lists first."""
     yield path, layers
@@ -171,6 +179,6 @@ def blocks(layers: LayerList, path: str = "layers") -> Iterator[tuple[str, Layer
                 yield from blocks(branch, f"{here}.branches.{j}")
 
 
-ModelSpec = Annotated[LayersModel | ImportModel | FunctionModel, ByKind()]
+ModelSpec = Annotated[LayersModel | ImportModel | FunctionModel | GraphModel, ByKind()]
 for _model in (Sequential, Residual, Parallel, LayersModel):
     _model.model_rebuild()

@@ -32,7 +32,7 @@ def hidden_points(
 ) -> Iterator[dict[str, Tensor]]:
     """Replace hidden values and capture one, for calls made inside the block.
 
-    The first tensor of a module's input or output is the one meant.
+    The first tensor of a module's input or output is the one meant, in every place where it stands.
 
     Yields:
         A dict that holds the captured tensor under its point's key after the call.
@@ -70,17 +70,18 @@ def _hook(point: ModulePoint, value: Tensor | None, captured: dict[str, Tensor] 
     def hook(_module: nn.Module, _args: Any, _kwargs: Any, passing: Any) -> Any:
         seen[point.key] = seen.get(point.key, 0) + 1
         leaves, spec = pytree.tree_flatten(passing)
-        first = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+        first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
         if first is None:
             raise ModelError(
                 f"module {point.module}", f"must pass a tensor at its {point.side}", type(passing).__name__
             )
-        if value is not None:
-            leaves[first] = value
         if captured is not None:
             # The rest of the model may write into what passes here, as an in-place activation does.
-            captured[point.key] = leaves[first].clone()
-        return pytree.tree_unflatten(leaves, spec) if value is not None else None
+            captured[point.key] = (first if value is None else value).clone()
+        if value is None:
+            return None
+        # Wherever it stands: self-attention is given one tensor three times, and tells itself from cross-attention so.
+        return pytree.tree_unflatten([value if leaf is first else leaf for leaf in leaves], spec)
 
     return hook
 
