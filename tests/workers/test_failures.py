@@ -3,12 +3,16 @@ method failed on what; an explicit method that cannot work is an error with its 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from jacray_workers.engine import prepare
 from jacray_workers.errors import CoupledSamplesError, InputError, MethodError, ModelError
 from jacray_workers.kernels import NAMES
+from jacray_workers.request import make_request
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -392,7 +396,6 @@ def test_hidden_values_that_are_written_over(method, point):
 def test_buffers_that_are_written_to_are_the_modules_no_more():
     model, x = ENTRIES["counts_calls"].make()
     plan = right(model, x, wrt="params")
-    assert "writes to a buffer" in why(plan, "reverse")
     assert (int(model.calls), model.seen, model.last) == (0, 0, None)
     assert any("writes to its buffer calls" in note for note in plan.notes)
 
@@ -618,9 +621,23 @@ def test_a_model_that_no_method_can_differentiate():
     assert "reverse: a custom autograd.Function without setup_context" in error.rule
 
 
-def test_a_detached_model_has_a_zero_jacobian():
-    found = compute(lambda x: x.detach() * 2, X)
-    assert not found.jacobian.any()
+@pytest.mark.parametrize("cut", ["detach", "no_grad", "inference_mode", "numpy"])
+def test_a_model_without_a_way_back_is_refused(cut):
+    """Zeros are what torch gives, and nobody's Jacobian."""
+
+    def model(x):
+        if cut == "numpy":
+            return torch.from_numpy(np.sin(x.detach().numpy()))
+        with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(cut, contextlib.nullcontext)():
+            return x.detach().sin() if cut == "detach" else x.sin()
+
+    with pytest.raises(ModelError, match="nothing that torch recorded leads from its outputs to inputs"):
+        compute(model, X)
+
+
+@pytest.mark.parametrize("model", [lambda x: (x > 0).to(x), lambda x: x.round().detach(), torch.ones_like])
+def test_steps_and_constants_have_a_zero_jacobian(model):
+    assert not compute(model, X).jacobian.any()
 
 
 def test_no_method_warns():
@@ -631,3 +648,56 @@ def test_no_method_warns():
         warnings.filterwarnings("ignore", "`torch.jit.script` is", DeprecationWarning)
         for name in entries:
             compute(*ENTRIES[name].make())
+
+
+# ----------------------------------------------------------------------------------- a model that raises in a shard
+
+
+class Hot(nn.Module):
+    """Raises at a sample that no trial sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.guard = nn.Linear(4, 4), nn.Identity()
+        self.guard.register_forward_pre_hook(self.check)
+
+    @staticmethod
+    def check(_module, args):
+        if bool((args[0] > 5).any()):
+            raise ValueError("too hot")
+
+    def forward(self, x):
+        return self.first(self.guard(x))
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_what_a_model_raises_names_the_module_and_the_sample(chunk):
+    x = torch.randn(40, 4)
+    x[23, 1] = 9.0
+    with pytest.raises(
+        ModelError, match=r"raised ValueError in module guard: too hot; got sample 23, .*\(1, 4\)"
+    ) as caught:
+        compute(Hot(), x, chunk_size=chunk)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_index_out_of_range_in_the_middle_of_a_job():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 2))
+    ids = torch.randint(0, 10, (30, 3))
+    ids[17, 2] = 11
+    with pytest.raises(ModelError, match=r"raised IndexError in module 0: .* got sample 17"):
+        compute(model, ids, wrt="params", chunk_size=5)
+
+
+def test_our_own_faults_are_not_blamed_on_the_model(monkeypatch):
+    from jacray_workers import run
+
+    model, x = nn.Linear(4, 3), torch.randn(6, 4)
+    prepared = prepare(model, x, make_request())
+
+    def broken(*_):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(run, "by_rows", broken)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run.run_shard(prepared, prepared.plan.shard(0))

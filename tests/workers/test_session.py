@@ -36,6 +36,12 @@ def refused(work):
     return None
 
 
+class Meter:
+    """Counts where jacray does not look: what stands in modules themselves begins anew with every pass."""
+
+    calls = 0
+
+
 class Mixed(nn.Module):
     """Everything that a computation could disturb: modes, flags, grads, hooks, buffers, attributes."""
 
@@ -47,13 +53,15 @@ class Mixed(nn.Module):
         self.last.weight = nn.Parameter(self.last.weight.detach().clone())
         self.first.bias.requires_grad_(False)
         self.calls, self.cache, self.log = 0, None, []
-        self.fail_at = fail_at
+        self.fail_at, self.meter = fail_at, Meter()
         self.count = nn.Buffer(torch.tensor(0))
 
     def forward(self, x):
         self.calls += 1
         self.count += 1
-        if self.fail_at is not None and self.calls >= self.fail_at:
+        self.log.append(x)
+        self.meter.calls += 1
+        if self.fail_at is not None and self.meter.calls >= self.fail_at:
             raise ZeroDivisionError("the reactor is cold")
         self.cache = self.first(x)
         self.extra = self.cache * 2
@@ -79,6 +87,7 @@ def portrait(model: nn.Module) -> dict:
     for name, part in model.named_modules():
         found[name, "mode"] = part.training
         found[name, "attributes"] = {k: id(v) for k, v in part.__dict__.items() if k != "_backward_hooks"}
+        found[name, "log"] = list(getattr(part, "log", ()))
         for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             found[name, table] = [(k, id(v)) for k, v in getattr(part, table).items()]
         for table in ("_parameters", "_buffers", "_modules"):

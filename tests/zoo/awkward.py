@@ -397,7 +397,7 @@ class Counter(nn.Module):
         return self.last.tanh()
 
 
-@entry("awkward", defeats=VMAP)
+@entry("awkward")
 def counts_calls():
     """A model with a memory."""
     return Counter(), torch.randn(3, 4)

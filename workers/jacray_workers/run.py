@@ -14,6 +14,7 @@ from jacray_workers.kernels import pick
 from jacray_workers.kernels.common import blocks_for
 from jacray_workers.plan import ArrayPlan, Shard
 from jacray_workers.planning.memory import out_of_memory, release
+from jacray_workers.problem.blame import accuse
 from jacray_workers.problem.resolve import place
 from jacray_workers.products.reduce import Reducer
 from jacray_workers.shard import NonFinite, ShardResult
@@ -46,6 +47,7 @@ def run_shard(
     Raises:
         JobError: cancelled.
         BudgetError: not even one sample at a time fits the memory there is.
+        ModelError: the model raised; the text names the module and the sample.
         NonFiniteError: NaN or infinity, where the request forbids them.
         VerificationError: a checked sample disagrees with an independent computation.
     """
@@ -69,7 +71,7 @@ def run_shard(
             except Exception as error:
                 buffers.forget()
                 if not out_of_memory(error):
-                    raise
+                    raise _whose(prepared, at, stop, error) from error
                 if stop - at == 1:
                     raise _does_not_fit(prepared, error) from error
                 chunk, backoffs = max(1, (stop - at) // 2), backoffs + 1
@@ -88,6 +90,12 @@ def run_shard(
     if backoffs:
         facts["backoffs"] = backoffs
     return ShardResult(shard, blocks, checks, bad, time.perf_counter() - began, chunk, facts)
+
+
+def _whose(prepared: Prepared, start: int, stop: int, error: Exception) -> Exception:
+    """The error to raise: the model's own mistakes are the caller's to mend."""
+    batch = place(prepared.problem, [leaf[start:stop] for leaf in prepared.leaves])
+    return accuse(prepared.problem, batch, start, error) or error
 
 
 def _does_not_fit(prepared: Prepared, error: Exception) -> BudgetError:

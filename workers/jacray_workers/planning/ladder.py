@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from jacray_workers.errors import ModelError
+from jacray_workers.errors import ModelError, Plain
+from jacray_workers.planning.reading import reads_values
+from jacray_workers.problem.blame import accuse
 from jacray_workers.problem.problem import Problem
+from jacray_workers.problem.resolve import place
 from jacray_workers.trust import independence
+from jacray_workers.trust.evidence import relative
 
-# What turns a tensor's value into a Python value, on which the path through a model may then depend.
-_READS = frozenset(("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero"))
+# Input numbers up to which the largest is looked for.
+SCANNED = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,17 @@ def stand(problem: Problem, batch: Sequence[Tensor]) -> Standing:
 
     Raises:
         CoupledSamplesError: one sample's output depends on another sample; the module is named where it is known.
+        ModelError: two passes over the same samples differ.
     """
     found = independence.probe(problem, batch)
+    if not found.steady:
+        raise ModelError(
+            "model",
+            "must give the same outputs for the same inputs, but keeps a state outside of its modules or draws numbers"
+            " from a source of its own",
+            Plain(found.why),
+            "keep the state, or the source of random numbers, as an attribute of a module, or take it out",
+        )
     if not problem.training and reads_values(problem, batch):
         why = "the model reads values of its data (a branch, .item()), so a batch may take another path than a sample"
         return Standing(False, why, found.notes)
@@ -57,31 +67,53 @@ def stand(problem: Problem, batch: Sequence[Tensor]) -> Standing:
     return Standing(found.same_alone and found.batchable, found.why, found.notes)
 
 
-def reads_values(problem: Problem, batch: Sequence[Tensor]) -> bool:
-    """Whether the model turns the value of a tensor that depends on its inputs into a Python value."""
-    values = problem.values(batch)
-    reads = _Reads([*batch, *values])
-    with torch.no_grad(), reads:
-        try:
-            problem.forward(values, batch)
-        except (RuntimeError, ValueError, TypeError, IndexError, ModelError):
-            return reads.seen
-    return reads.seen
+def among_many(problem: Problem, leaves: Sequence[Tensor], chunk: int) -> str:
+    """Why samples in full chunks are not what they are alone, or the empty string; called inside `problem.session()`.
+
+    What a few samples do not show: a model that goes another way from some size of batch on, or for a sample far from
+    the others. Looked at are the outputs in the first chunk, the last, and the one with the largest number.
+    """
+    if chunk == 1:
+        return ""
+    samples = leaves[0].shape[0]
+    for at in sorted({0, samples - 1, _extreme(leaves)}):
+        start = at // chunk * chunk
+        batch = place(problem, [leaf[start : start + chunk] for leaf in leaves])
+        size = batch[0].shape[0]
+        y = _outputs(problem, batch, start)
+        for i in sorted({0, at - start, size - 1}):
+            gap = _gap(problem, y[i], _outputs(problem, [leaf[i : i + 1] for leaf in batch], start + i)[0])
+            if gap > independence.ALONE[problem.dtype]:
+                return f"sample {start + i} among {size} differs from the same alone by {gap:.0%} of its size"
+    return ""
 
 
-class _Reads(TorchFunctionMode):
-    """Notices calls that read a value derived from the data it is given."""
+def _outputs(problem: Problem, batch: Sequence[Tensor], start: int) -> Tensor:
+    """The outputs `(B, rows)` of some samples, of which the first is number `start` of the job."""
+    # Copies, for a model that takes derivatives itself leaves its mark on what it is given.
+    own = [leaf.detach().clone() for leaf in batch]
+    try:
+        with torch.no_grad():
+            return problem.forward(problem.values(own), own)
+    except Exception as error:
+        found = accuse(problem, own, start, error)
+        if found is None:
+            raise
+        raise found from error
 
-    def __init__(self, data: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.seen = False
-        # The tensors themselves are kept, for an id means nothing once its tensor is gone.
-        self._data = {id(tensor): tensor for tensor in data}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, Tensor) and id(leaf) in self._data for leaf in given):
-            self.seen = self.seen or getattr(func, "__name__", "") in _READS
-            self._data.update((id(leaf), leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
-        return result
+def _extreme(leaves: Sequence[Tensor]) -> int:
+    """The sample that holds the largest number; the first where that takes too long to find."""
+    best, found = -1.0, 0
+    for leaf in leaves:
+        if leaf.is_floating_point() and 0 < leaf.numel() <= SCANNED:
+            sizes = leaf.detach().abs().reshape(leaf.shape[0], -1).amax(dim=1).nan_to_num(nan=0.0, posinf=0.0)
+            largest, at = sizes.max(dim=0)
+            if float(largest) > best:
+                best, found = float(largest), int(at)
+    return found
+
+
+def _gap(problem: Problem, among: Tensor, alone: Tensor) -> float:
+    rows = [slice(out.rows.start, out.rows.stop) for out in problem.outs]
+    return max((relative(among[r].double(), alone[r].double()) for r in rows), default=0.0)

@@ -4,61 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from jacray_workers import products
-from jacray_workers.blocks.block import Block, DenseBlock
 from jacray_workers.errors import MethodError, ModelError, Plain
-from jacray_workers.kernels import NAMES, lacks, pick
-from jacray_workers.kernels.common import blocks_for
-from jacray_workers.plan import ArrayPlan, Candidate, Plan
+from jacray_workers.plan import ArrayPlan, Plan
 from jacray_workers.planning import memory, pricing, sizing, trial
-from jacray_workers.planning.ladder import Standing, stand
+from jacray_workers.planning.case import Case, Tried, budget_of, directions, trial_rows
+from jacray_workers.planning.field import enter
+from jacray_workers.planning.ladder import Standing, among_many, stand
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.weights import Directions
-from jacray_workers.request import Request, budget_bytes
-
-# Methods predicted to be slower than the best by more than this are priced but not tried.
-FIELD = 6.0
-# A trial may take this many seconds, or this share of the predicted job.
-TRIAL_SECONDS = 0.1
-TRIAL_SHARE = 0.05
-TRIAL_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """What the planner knows about one job."""
-
-    problem: Problem
-    leaves: Sequence[Tensor]
-    request: Request
-    arrays: tuple[ArrayPlan, ...]
-    workers: int
-    work: str
-    directions: int
-    budget: int
-    one: pricing.Forward
-    on: pricing.Machine
-    batch: list[Tensor]
-    known: trial.Reference | None
-    standing: Standing
-    alike: tuple[bool, ...]
-
-    @property
-    def samples(self) -> int:
-        """How many samples the job has."""
-        return self.leaves[0].shape[0]
-
-    @property
-    def rows(self) -> range:
-        """The rows that a trial of a row-by-row method computes."""
-        return self.known.rows if self.known is not None else range(self.problem.rows)
+from jacray_workers.request import Request
 
 
 def choose(
@@ -77,39 +37,57 @@ def choose(
         MethodError: the method asked for cannot do this work; names one that can.
         BudgetError: the work cannot fit the memory budget.
     """
-    work = products.work(problem, request)
-    budget = _budget(request, problem, workers)
+    budget = budget_of(request, problem, workers)
     products.refuse_large(problem, request, arrays, budget)
     with problem.session():
-        batch = trial.first_samples(problem, leaves, min(leaves[0].shape[0], 2))
-        standing = stand(problem, trial.first_samples(problem, leaves, min(leaves[0].shape[0], 4)))
-        rows = _trial_rows(problem, work, budget)
-        _require_no_stray(problem, batch)
-        one = pricing.forward_cost(problem, [leaf[:1] for leaf in batch])
-        case = Case(
-            problem,
-            leaves,
-            request,
-            arrays,
-            workers,
-            work,
-            _directions(problem, request, ks, vs),
-            budget,
-            one,
-            pricing.machine(problem.device, torch.get_num_threads()),
-            batch,
-            trial.reference(problem, batch, request.seed, rows, one.coarsest),
-            standing,
-            tuple(part.shape[1] == 1 for part in vs.parts) if vs else (False,) * len(problem.leaves),
-        )
-        field = _field(case)
-        runners = [tried for tried in field if tried.line is not None]
-        if not runners:
-            raise _none_left(case, field)
-        return _plan(case, field, min(runners, key=lambda tried: tried.candidate.seconds))
+        case = _look(problem, leaves, request, arrays, workers, budget, ks, vs)
+        plan = _decide(case)
+        why = among_many(problem, leaves, plan.chunk_size) if plan.batched else ""
+        if why:
+            plan = _decide(dataclasses.replace(case, standing=Standing(False, why, case.standing.notes)))
+        return plan
 
 
-def _require_no_stray(problem: Problem, batch: list[Tensor]) -> None:
+def _look(
+    problem: Problem,
+    leaves: Sequence[Tensor],
+    request: Request,
+    arrays: tuple[ArrayPlan, ...],
+    workers: int,
+    budget: int,
+    ks: Directions | None,
+    vs: Directions | None,
+) -> Case:
+    """Everything that a few passes over a few samples tell."""
+    work = products.work(problem, request)
+    standing = stand(problem, trial.first_samples(problem, leaves, min(leaves[0].shape[0], 4)))
+    batch = trial.first_samples(problem, leaves, min(leaves[0].shape[0], 2))
+    _require_seen(problem, batch)
+    one = pricing.forward_cost(problem, [leaf[:1] for leaf in batch])
+    return Case(
+        problem=problem,
+        leaves=leaves,
+        request=request,
+        arrays=arrays,
+        workers=workers,
+        work=work,
+        directions=directions(problem, request, ks, vs),
+        budget=budget,
+        one=one,
+        on=pricing.machine(problem.device, torch.get_num_threads()),
+        batch=batch,
+        known=trial.reference(problem, batch, request.seed, trial_rows(problem, work, budget), one.coarsest),
+        standing=standing,
+        alike=tuple(part.shape[1] == 1 for part in vs.parts) if vs else (False,) * len(problem.leaves),
+    )
+
+
+def _require_seen(problem: Problem, batch: list[Tensor]) -> None:
+    """Refuse models whose derivatives automatic differentiation does not see whole.
+
+    Raises:
+        ModelError: a parameter is read past its module, or nothing leads from the outputs back to the leaves.
+    """
     found = trial.stray(problem, batch)
     if found:
         raise ModelError(
@@ -118,242 +96,28 @@ def _require_no_stray(problem: Problem, batch: list[Tensor]) -> None:
             Plain(found),
             "keep it as an attribute or in an nn.ParameterList, not in a plain list, a dict or a closure",
         )
+    if trial.cut_off(problem, [leaf[:1] for leaf in batch]):
+        keys = ", ".join(leaf.key for leaf in problem.leaves[:3])
+        raise ModelError(
+            "model",
+            f"must let derivatives through, but nothing that torch recorded leads from its outputs to {keys},"
+            " although they change with it",
+            None,
+            "take out the detach(), torch.no_grad(), torch.inference_mode() or numpy that stands between",
+        )
 
 
-@dataclass(frozen=True)
-class Tried:
-    """A candidate with what its trial showed; `line` is None where it was refused or not tried.
-
-    `factored` says which leaves' blocks stay factors, and `factor_bytes` how many bytes those take for one sample.
-    """
-
-    candidate: Candidate
-    line: memory.Line | None = None
-    factored: tuple[bool, ...] = ()
-    cuts: tuple[str, ...] = ()
-    factor_bytes: float = 0.0
-
-
-def _directions(problem: Problem, request: Request, ks: Directions | None, vs: Directions | None) -> int:
-    """How many cotangents or tangents are in flight at a time."""
-    vectors = vs.count if vs else 1
-    pushed = vectors if "jvp" in request.returns else 1
-    return max(ks.count if ks else 1, pushed, products.width(problem, request, vectors))
-
-
-def _budget(request: Request, problem: Problem, workers: int) -> int:
-    free = memory.free_bytes(problem.device)
-    if request.memory_budget is None:
-        return int(free * memory.SAFE_SHARE / workers)
-    return budget_bytes(request.memory_budget, free)
-
-
-def _trial_rows(problem: Problem, work: str, budget: int) -> range:
-    """Few enough rows that a trial's blocks stay a small part of the budget."""
-    if work != "jacobian":
-        return range(problem.rows)
-    row = sum(leaf.size for leaf in problem.leaves) * problem.dtype.itemsize * 2
-    return range(min(problem.rows, max(1, min(TRIAL_ROWS, budget // (8 * max(row, 1))))))
-
-
-def _field(case: Case) -> list[Tried]:
-    """Every method priced; the promising ones tried, best first, until the rest cannot win."""
-    asked = case.request.method
-    names = NAMES if asked == "auto" else (asked,)
-    if case.work == "outputs":
-        names = ("backward_loop",) if asked == "auto" else names
-    found: list[Tried] = []
-    best = math.inf
-    for candidate in sorted((_predict(case, name) for name in names), key=lambda c: c.seconds):
-        hopeless = best < math.inf and candidate.seconds > FIELD * best
-        tried = Tried(candidate) if candidate.refused or hopeless else _try(case, candidate)
-        found.append(tried)
-        if tried.line is not None:
-            # The prediction too, for a busy machine stretches what is measured and would let everything be tried.
-            best = min(best, tried.candidate.seconds, candidate.seconds)
-    return found
-
-
-def _predict(case: Case, method: str) -> Candidate:
-    """The price by formula, for the whole job."""
-    chunk = min(case.samples, 32)
-    passes = ("jvp", "vjp") if case.work == "both" else (case.work,)
-    priced = [pricing.price(method, work, case.problem, case.one, chunk, case.directions) for work in passes]
-    chunks = case.samples / chunk
-    refused = _refuse(case, method)
-    if method == "chain" and not refused:
-        return _predict_chain(case, sum(price.bytes for price in priced) * chunks)
-    return Candidate(
-        method,
-        refused,
-        sum(price.operations for price in priced) * chunks,
-        sum(price.bytes for price in priced) * chunks,
-        0.0,
-        sum(price.launches for price in priced) * chunks,
-        sum(price.seconds(case.on) for price in priced) * chunks,
-    )
-
-
-def _predict_chain(case: Case, bytes_moved: float) -> Candidate:
-    """The chain knows its own price once it has found its cuts, and refuses where none pays."""
-    try:
-        found = pick("chain").price(case.problem, case.batch)
-    except Exception as error:  # noqa: BLE001 - whatever defeats the tracing is why this method is left out
-        found = trial.why(error)
-    if isinstance(found, str):
-        return Candidate("chain", found)
-    samples = case.samples / case.batch[0].shape[0]
-    launches = case.one.launches * 8 * max(1.0, case.samples / 32)
-    price = pricing.Price(found.operations * samples, bytes_moved, launches)
-    return Candidate("chain", "", price.operations, price.bytes, 0.0, price.launches, price.seconds(case.on))
-
-
-def _refuse(case: Case, method: str) -> str:
-    """Reasons that need no running."""
-    if not case.standing.batched and method in ("layerwise", "chain"):
-        return f"it runs whole batches, and {case.standing.why}"
-    if case.work != "jacobian" and method == "chain":
-        return "a product with vectors needs no chain"
-    refused: str = pick(method).refuse(case.problem)
-    return refused
-
-
-def _try(case: Case, candidate: Candidate) -> Tried:
-    """Run on the trial samples: refused with the reason, or timed and measured."""
-    problem, kernel = case.problem, pick(candidate.method)
-    single = not case.standing.batched and candidate.method == "backward_loop"
-    batch = [leaf[:1] for leaf in case.batch] if single else case.batch
-    known = None if single else case.known
-    run = _runner(case, kernel, batch)
-    kept: list[list[Tensor]] = []
-
-    def compare(_: Any) -> float:
-        kept[:] = [run()]
-        _passes_beside(case, kernel, batch)
-        return _disagreement(case, kept[0], known)
-
-    refused = trial.admits(candidate.method, problem, known, compare)
-    if refused:
-        return Tried(dataclasses.replace(candidate, refused=refused))
-    try:
-        return _measured(case, candidate, batch, kept.pop())
-    except Exception as error:
-        # What the method did for these samples it may not do for more of them, or for other shapes of batch.
-        if memory.out_of_memory(error):
-            raise
-        return Tried(dataclasses.replace(candidate, refused=trial.why(error)))
-
-
-def _passes_beside(case: Case, kernel: Any, batch: list[Tensor]) -> None:
-    """Run the passes that a request for the Jacobian asks for besides, so that none of them fails in a shard."""
-    if case.work != "jacobian":
-        return
-    missing = lacks(kernel.__name__.rpartition(".")[2])
-    for name, work in (("weighted_gradient", "vjp"), ("jvp", "jvp")):
-        if name in case.request.returns and work not in missing:
-            _runner(dataclasses.replace(case, work=work, known=None), kernel, batch)()
-
-
-def _measured(case: Case, candidate: Candidate, batch: list[Tensor], blocks: list[Tensor]) -> Tried:
-    """What the method holds, at its peak and in its blocks, and how long it takes."""
-    problem, kernel = case.problem, pick(candidate.method)
-    run = _runner(case, kernel, batch)
-    size = batch[0].shape[0]
-    factored = tuple(_kept_as_factors(b) for b in blocks) if _factors(case, kernel) else ()
-    held = sum(b.nbytes_factored for b in blocks if isinstance(b, Block) and _kept_as_factors(b)) / size
-    del blocks
-    few = [leaf[:1] for leaf in batch]
-    peaks = [(1, memory.measure(_runner(case, kernel, few), problem.device))]
-    if size > 1:
-        peaks.append((size, memory.measure(run, problem.device)))
-    line = memory.fit(peaks)
-    priced = dataclasses.replace(candidate, seconds=_race(case, kernel, candidate), measured=True)
-    describe = getattr(kernel, "cuts", None)
-    cuts = describe(problem, batch) if describe and case.work == "jacobian" else ()
-    return Tried(priced, line, factored, cuts, held * problem.rows / max(len(case.rows), 1))
-
-
-def _kept_as_factors(block: Tensor) -> bool:
-    return isinstance(block, Block) and not isinstance(block, DenseBlock)
-
-
-def _runner(
-    case: Case, kernel: Any, batch: list[Tensor], trial_rows: range | None = None, *, reuse: bool = False
-) -> Callable[[], list[Tensor]]:
-    """The kernel's work on these samples, and for methods that go by rows on these rows.
-
-    With `reuse` it writes to one set of buffers again and again, as a shard does.
-    """
-    trial_rows = case.rows if trial_rows is None else trial_rows
-    problem, request = case.problem, case.request
-    size = batch[0].shape[0]
-    u = torch.ones(case.directions, size, problem.rows, dtype=problem.dtype, device=problem.device)
-    if case.known is not None and size == len(case.batch[0]):
-        u = case.known.cotangent.expand(case.directions, -1, -1)
-    if case.work == "vjp":
-        return lambda: kernel.vjp(problem, batch, u, per_sample_params=request.reduction == "none")
-    if case.work in ("jvp", "both"):
-        vs = [
-            torch.ones(case.directions, width, *leaf.shape, dtype=leaf.dtype, device=problem.device).expand(
-                -1, size, *leaf.shape
-            )
-            for leaf, width in zip(problem.leaves, (1 if alike else size for alike in case.alike), strict=True)
-        ]
-        if case.work == "jvp":
-            return lambda: [kernel.jvp(problem, batch, vs)]
-        keep = "singular_values" in request.returns or request.reduction == "none"
-        return lambda: [kernel.jvp(problem, batch, vs), *kernel.vjp(problem, batch, u, per_sample_params=keep)]
-    if case.work == "outputs":
-        return lambda: [problem.forward(problem.values(batch), batch)]
-    if _factors(case, kernel):
-        return lambda: kernel.jacobian(problem, batch, trial_rows, form=request.form)
-    rows = None if kernel.__name__.endswith(("chain", "forward")) else trial_rows
-    into = blocks_for(problem, size, problem.rows if rows is None else len(rows), None) if reuse else None
-    return lambda: kernel.jacobian(problem, batch, rows, into)
-
-
-def _factors(case: Case, kernel: Any) -> bool:
-    """Whether the kernel may answer with factors."""
-    return (
-        case.work == "jacobian"
-        and case.request.form != "dense"
-        and kernel.__name__.endswith("layerwise")
-        and any(leaf.side == "param" for leaf in case.problem.leaves)
-    )
-
-
-def _disagreement(case: Case, found: list[Tensor], known: trial.Reference | None) -> float:
-    if known is None or case.work == "outputs":
-        return 0.0
-    if case.work == "jacobian":
-        return trial.disagreement(found, known)
-    pushed = trial.jvp_disagreement(found[0][0], known) if case.work in ("jvp", "both") else 0.0
-    if case.work == "jvp":
-        return pushed
-    summed = found[-1].dim() == len(case.problem.leaves[-1].shape) + 1
-    pulled = trial.vjp_disagreement(case.problem, found[-len(case.problem.leaves) :], known, summed)
-    return max(pushed, pulled)
-
-
-def _race(case: Case, kernel: Any, candidate: Candidate) -> float:
-    """Seconds for the whole job, from a run on as many samples and rows as a trial may take."""
-    problem = case.problem
-    allowed = max(TRIAL_SECONDS, TRIAL_SHARE * candidate.seconds)
-    per_sample = max(candidate.seconds / case.samples, 1e-9)
-    rows = case.rows if per_sample > allowed else range(problem.rows)
-    share = len(rows) / problem.rows if problem.rows and _by_rows(case, candidate) else 1.0
-    heavy = max(1, len(rows) * sum(leaf.size for leaf in problem.leaves) * problem.dtype.itemsize)
-    count = max(1, min(case.samples, 64, int(allowed / (per_sample * share)), case.budget // (8 * heavy)))
-    if not case.standing.batched and candidate.method == "backward_loop":
-        count = 1
-    batch = trial.first_samples(problem, case.leaves, count)
-    run = _runner(dataclasses.replace(case, known=None), kernel, batch, rows, reuse=True)
-    return pricing.best_of(run, problem.device, allowed) / count * case.samples / max(share, 1e-9)
-
-
-def _by_rows(case: Case, candidate: Candidate) -> bool:
-    """Whether the method can compute some rows alone at a share of the cost."""
-    return case.work == "jacobian" and candidate.method not in ("chain", "forward")
+def _decide(case: Case) -> Plan:
+    """Let the methods compete, and plan around the winner."""
+    field = enter(case)
+    runners = [tried for tried in field if tried.line is not None]
+    if not runners and not case.alone:
+        why = f"no method serves a whole batch ({field[0].candidate.method}: {field[0].candidate.refused})"
+        case = dataclasses.replace(case, standing=Standing(False, why, case.standing.notes))
+        runners = [tried for tried in enter(case) if tried.line is not None]
+    if not runners:
+        raise _none_left(case, field)
+    return _plan(case, field, min(runners, key=lambda tried: tried.candidate.seconds))
 
 
 def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
@@ -402,7 +166,7 @@ def _factored(array: ArrayPlan, best: Tried) -> ArrayPlan:
 
 
 def _fixed_chunk(case: Case, method: str) -> int | None:
-    if not case.standing.batched and method == "backward_loop":
+    if case.alone and method == "backward_loop":
         return 1
     return case.request.chunk_size
 
@@ -437,7 +201,7 @@ def _notes(case: Case) -> tuple[str, ...]:
     if case.known is None:
         notes.append("plain autograd cannot run this model backward, so methods were not compared with it")
     notes += case.standing.notes
-    if not case.standing.batched:
+    if case.alone:
         notes.append(f"{case.standing.why}: each sample is computed as a batch of one")
     return tuple(notes)
 
@@ -447,7 +211,7 @@ def _none_left(case: Case, field: Sequence[Tried]) -> MethodError:
     asked = case.request.method
     if asked != "auto":
         auto = dataclasses.replace(case, request=case.request.model_copy(update={"method": "auto"}))
-        able = [t.candidate for t in _field(auto) if t.line is not None]
+        able = [t.candidate for t in enter(auto) if t.line is not None]
         way_out = f"use method='auto', or {min(able, key=lambda c: c.seconds).method}, which can" if able else ""
         return MethodError("method", f"{asked} cannot do this work: {field[0].candidate.refused}", asked, way_out)
     reasons = "; ".join(f"{t.candidate.method}: {t.candidate.refused}" for t in field)

@@ -117,11 +117,11 @@ class _Count(Watcher):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.launches += 1
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
         if formula is not None:
             self.operations += formula(*args, **(kwargs or {}), out_val=result)
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor) and not func.is_view:
+            if isinstance(tensor, Tensor) and not getattr(func, "is_view", False):
                 self.bytes += tensor.nbytes
                 self._see(tensor.dtype)
         return result

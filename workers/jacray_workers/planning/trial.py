@@ -17,6 +17,9 @@ from jacray_workers.kernels.common import per_sample
 from jacray_workers.planning.memory import out_of_memory
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.resolve import place
+from jacray_workers.trust.projection import size_of
+from jacray_workers.trust.reference import generator, normal, points
+from jacray_workers.trust.slope import slope
 
 # How far two float computations of the same directional number may lie apart, relative to its natural size. A wrong
 # formula misses by its whole size; this only has to let rounding through.
@@ -76,11 +79,11 @@ def disagreement(found: Sequence[Tensor], known: Reference) -> float:
     return _worst(gaps, known.dtype)
 
 
-def vjp_disagreement(problem: Problem, found: Sequence[Tensor], known: Reference, summed: bool) -> float:
-    """The same for a method's weighted gradients with the reference's cotangent."""
+def vjp_disagreement(problem: Problem, found: Sequence[Tensor], known: Reference) -> float:
+    """The same for a method's weighted gradients `(1, b, *leaf)`, or `(1, *param)`, with the reference's cotangent."""
     gaps = []
     for leaf, mine, grad in zip(problem.leaves, found, known.grads, strict=True):
-        right = grad[0].sum(dim=0) if summed and not per_sample(leaf) else grad[0]
+        right = grad[0].sum(dim=0) if mine.dim() == len(leaf.shape) + 1 else grad[0]
         gaps.append(_gap(mine[0].double(), right.double(), 0.0))
     return _worst(gaps, known.dtype)
 
@@ -142,6 +145,33 @@ def stray(problem: Problem, batch: Sequence[Tensor]) -> str:
     finally:
         for parameter in watched.values():
             parameter.requires_grad_(False)
+
+
+def cut_off(problem: Problem, batch_of_one: Sequence[Tensor]) -> bool:
+    """Whether the outputs change with the leaves while no derivative leads from them to any: detached, or no grad.
+
+    Zeros would be what torch gives, and nobody's Jacobian. A step function has none of its own and is let through.
+    """
+    try:
+        values = [value.detach().requires_grad_() for value in problem.values(batch_of_one)]
+        handed = [v.clone() if per_sample(leaf) else v for leaf, v in zip(problem.leaves, values, strict=True)]
+        if problem.rows == 0 or problem.forward(handed, batch_of_one).requires_grad:
+            return False
+        point = points(problem, batch_of_one, 0, None)[0]
+        source = generator(problem.seed)
+        found = slope(
+            point,
+            [
+                normal(point.at(leaf, v), source) * size_of(v)
+                for leaf, v in zip(problem.leaves, point.values(), strict=True)
+            ],
+            SMALL,
+        )
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return False
+    return found is not None and found.smooth and bool((found.value.abs() > 16 * found.error).any())
 
 
 # What torch's longest messages come down to.

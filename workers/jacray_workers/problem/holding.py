@@ -29,7 +29,8 @@ def held(problem: Problem, values: Sequence[Tensor]) -> Iterator[None]:
     known = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     swapped = {leaf.name: v for leaf, v in zip(problem.leaves, values, strict=bool(values)) if leaf.side == "param"}
     put = {id(known[name]): tensor for name, tensor in {**problem.tensors, **swapped}.items() if name in known}
-    tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+    # The tables of scripted modules are not dicts, and nothing can be put into them.
+    tables = [t for part in module.modules() for t in (part._parameters, part._buffers) if type(t) is dict]
     saved = [dict(table) for table in tables]
     try:
         for table in tables:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 from jacray_workers.errors import ModelError
 from jacray_workers.problem.points import hidden_points
 from jacray_workers.problem.session import seed_generators, session
+from jacray_workers.problem.state import kept
 from jacray_workers.problem.trees import Arguments
 from jacray_workers.request import ModulePoint
 
@@ -152,6 +154,8 @@ class Problem:
         random: the model draws random numbers, so every pass starts from the same seed.
         writes: the model writes into what it is given, so every pass is given copies.
         differentiates: the model takes derivatives itself, so gradients are on in every pass.
+        stateful: the model keeps something from one call to the next, so every pass starts from what the job found.
+        written: the parameters and buffers that it writes into, so every pass is given copies of them.
         notes: what a reader of the plan should know.
         memo: what kernels found out about the model's make-up and may use again in later calls. It outlives changes of
             the parameters' values, so nothing computed from them belongs here, and no reference to the module.
@@ -175,13 +179,16 @@ class Problem:
     random: bool = False
     writes: bool = False
     differentiates: bool = False
+    stateful: bool = False
+    written: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """The state to compute in; the caller's module is as it was afterwards."""
-        with session(self.module, training=self.training, tf32=self.tf32, seed=self.seed if self.random else None):
+        seed = self.seed if self.random else None
+        with session(self.module, training=self.training, tf32=self.tf32, seed=seed, stateful=self.stateful):
             yield
 
     def values(self, batch: Sequence[Tensor]) -> list[Tensor]:
@@ -249,6 +256,19 @@ class Problem:
             with torch.enable_grad():
                 y = self._call(swapped, args, kwargs)
             return pytree.tree_map_only(Tensor, Tensor.detach, y)
+        if self.written:
+            swapped = {**swapped, **{name: self._copy(name, swapped) for name in self.written}}
+        if self.stateful:
+            with kept(self.module, deep=True):
+                return self._run(swapped, args, kwargs)
+        return self._run(swapped, args, kwargs)
+
+    def _copy(self, name: str, swapped: dict[str, Tensor]) -> Tensor:
+        """A tensor of the model that it may write into."""
+        own: Tensor = swapped[name] if name in swapped else operator.attrgetter(name)(self.module).detach()
+        return own.clone()
+
+    def _run(self, swapped: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if swapped:
             placed = _everywhere(self.module, swapped)
             return torch.func.functional_call(self.module, placed, args, kwargs, tie_weights=False)

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from jacray_workers.errors import CoupledSamplesError, InputError, JacrayError, ModelError, Plain, RequestError
 from jacray_workers.problem.points import find_module
 from jacray_workers.problem.problem import CallableModule, Leaf, Out, Problem, as_module
-from jacray_workers.problem.session import lock_of
+from jacray_workers.problem.session import Draws, lock_of
+from jacray_workers.problem.state import Snapshot, Writes, scripted
 from jacray_workers.problem.trees import arguments
 from jacray_workers.request import ModulePoint, Request
 from jacray_workers.validation import nearest
@@ -58,13 +59,12 @@ def resolve(model: Any, inputs: Any, request: Request) -> tuple[Problem, list[Te
         point=point,
         cast=cast,
         random=True,
+        stateful=True,
     )
     with problem.session():
         batch = [leaf.clone() for leaf in place(problem, [leaf[:1] for leaf in leaves])]
-        before = torch.get_rng_state()
-        y, differentiates = _first_run(problem, batch)
-        problem = replace(problem, differentiates=differentiates)
-        random = request.training or not torch.equal(before, torch.get_rng_state())
+        y, problem = _watched(problem, batch)
+        random = request.training or problem.random
         # From here on a model that writes into what it is given is given copies: the caller's tensors stay whole.
         problem = replace(problem, writes=_written(batch))
         batch = place(problem, [leaf[:1] for leaf in leaves])
@@ -118,6 +118,24 @@ def run_model(problem: Problem, batch: Sequence[Tensor]) -> Any:
         raise _does_not_run(problem, batch, error) from error
 
 
+def _watched(problem: Problem, batch: Sequence[Tensor]) -> tuple[Any, Problem]:
+    """What the model returns on its first run, and the problem with what the run showed of the model's habits."""
+    own = {**dict(problem.module.named_parameters()), **dict(problem.module.named_buffers()), **problem.tensors}
+    versions = {name: tensor._version for name, tensor in own.items() if not tensor.is_inference()}
+    before, draws, writes = Snapshot(problem.module, deep=True), Draws(), Writes(own)
+    try:
+        with writes:
+            y, differentiates = _first_run(replace(problem, stateful=False), batch)
+        stateful, random = before.changed(), draws.happened()
+    finally:
+        before.restore()
+        # Some operators write without saying so; those that do so into parameters say so.
+        seen = [name for name, version in versions.items() if own[name]._version != version]
+        writes.undo()
+    written = tuple(sorted({*writes.saved, *seen} - scripted(problem.module)))
+    return y, replace(problem, differentiates=differentiates, stateful=stateful, random=random, written=written)
+
+
 def _first_run(problem: Problem, batch: Sequence[Tensor]) -> tuple[Any, bool]:
     """What the model returns, and whether it needs gradients on, as one that takes derivatives itself does."""
     with torch.no_grad():
@@ -131,8 +149,8 @@ def _first_run(problem: Problem, batch: Sequence[Tensor]) -> tuple[Any, bool]:
 
 def _does_not_run(problem: Problem, batch: Sequence[Tensor], error: Exception) -> ModelError:
     text = str(error)
-    if problem.training and "Expected more than 1 value per channel" in text:
-        return _batch_statistics(problem.module)
+    if "Expected more than 1 value per channel" in text:
+        return _batch_statistics(problem.module, problem.training)
     shapes = ", ".join(f"{tuple(leaf.shape)} {str(leaf.dtype)[6:]}" for leaf in batch)
     casts = "dtype" in text or "expected scalar type" in text or "Double" in text
     hint = "set dtype='float32' (or 'float64') to cast the model and the inputs alike" if casts else ""
@@ -140,15 +158,23 @@ def _does_not_run(problem: Problem, batch: Sequence[Tensor], error: Exception) -
     return ModelError("model", rule, f"a batch of {shapes}", hint)
 
 
-def _batch_statistics(module: nn.Module) -> CoupledSamplesError:
-    """Batch norm in training mode refuses a single sample; the first such layer is named."""
-    norms = [name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    return CoupledSamplesError(
-        "model",
-        "must treat the samples of a batch apart, but batch norm in training mode takes its statistics from all",
-        Plain(f"module {norms[0]}") if norms else None,
-        "leave training=False, so that it uses its running statistics, or put a norm over each sample in its place",
-    )
+def _batch_statistics(module: nn.Module, training: bool) -> CoupledSamplesError:
+    """Batch norm over the batch's own statistics refuses a single sample; the first such layer is named."""
+    norms = [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and (training or part.running_mean is None)
+    ]
+    rule = "must treat the samples of a batch apart, but batch norm {} takes its statistics from all"
+    way_out = "put a norm over each sample in its place"
+    if training:
+        rule, way_out = (
+            rule.format("in training mode"),
+            f"leave training=False, for its running statistics, or {way_out}",
+        )
+    else:
+        rule = rule.format("without running statistics")
+    return CoupledSamplesError("model", rule, Plain(f"module {norms[0]}") if norms else None, way_out)
 
 
 def place(problem: Problem, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -198,8 +224,16 @@ def moved(module: nn.Module, device: torch.device, cast: torch.dtype | None) -> 
                 wanted.data_ptr() != tensor.data_ptr() or wanted.dtype != tensor.dtype or wanted.device != tensor.device
             ):
                 swapped[name] = wanted
+        fixed = scripted(module)
         for name, buffer in module.named_buffers():
-            swapped.setdefault(name, buffer.detach().clone())
+            if name not in fixed:
+                swapped.setdefault(name, buffer.detach().clone())
+    stuck = sorted(fixed.intersection(swapped))
+    if stuck:
+        rule = "is scripted, so its tensors cannot be cast or moved by jacray"
+        raise ModelError(
+            "model", rule, Plain(stuck[0]), "cast or move the module itself first, or pass the unscripted one"
+        )
     return swapped
 
 
@@ -404,6 +438,7 @@ class _Finder:
 
     def _params(self, pattern: str) -> dict[str, Any]:
         module = self.problem.module
+        fixed = scripted(module)
         canonical = {id(p): name for name, p in module.named_parameters()}
         everything = [(n, p) for n, p in module.named_parameters(remove_duplicate=False) if p.dtype in _FLOATS]
         if not everything:
@@ -417,6 +452,9 @@ class _Finder:
             names = {n for n, _ in hits}
             # A tied parameter goes by its first name unless only another name was asked for.
             chosen = [(n, p) for n, p in hits if canonical[id(p)] == n or canonical[id(p)] not in names]
+        if fixed.intersection(n for n, _ in chosen):
+            rule = "names parameters of a scripted module, in whose places no other values can be put"
+            raise RequestError("wrt", rule, pattern, "pass the unscripted module")
         if not chosen:
             raise RequestError(
                 "wrt",

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jacray_workers.errors import ModelError
+from jacray_workers.problem.state import kept
 
 # Not in torch's public names, and not in the stubs either.
 _fallback_warnings: Callable[[bool], None] = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _GUARD = threading.Lock()
-_OWN = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
 
 def lock_of(module: nn.Module) -> threading.RLock:
@@ -27,17 +30,20 @@ def lock_of(module: nn.Module) -> threading.RLock:
 
 
 @contextlib.contextmanager
-def session(module: nn.Module, *, training: bool, tf32: bool, seed: int | None) -> Iterator[None]:
+def session(
+    module: nn.Module, *, training: bool, tf32: bool, seed: int | None, stateful: bool = False
+) -> Iterator[None]:
     """Hold the module in the state that derivatives need; restore the caller's state on the way out.
 
     Inside: train or eval mode as asked, parameters without `requires_grad`, gradients recorded whatever the caller
-    has switched off, no autocast, no fused attention fast path, TF32 as asked, the seed set. Restored after:
-    all of these, the modules' attributes, the tables of parameters, buffers and hooks, and the state of torch's
-    random generators. `seed` is None for a model that draws no random numbers.
+    has switched off, no autocast, no fused attention fast path, no sparse gradients, compiled functions run as they
+    were written, TF32 as asked, the seed set. Restored after: all of these, the modules' attributes, the tables of
+    parameters, buffers and hooks, and the state of the random generators. `seed` is None for a model that draws no
+    random numbers; with `stateful` what stands in the modules' lists and dicts is restored too.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_of(module))
-        stack.enter_context(_kept_attributes(module))
+        stack.enter_context(kept(module, deep=stateful))
         stack.enter_context(_kept_requires_grad(module))
         stack.enter_context(_FAST_PATH_OFF)
         stack.enter_context(_tf32(tf32))
@@ -51,8 +57,18 @@ def session(module: nn.Module, *, training: bool, tf32: bool, seed: int | None) 
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         _switch(module, training)
+        _make_dense(module)
         yield
+
+
+def _make_dense(module: nn.Module) -> None:
+    """Let no table of embeddings give sparse gradients; the attributes come back with all others."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            part.sparse = False
 
 
 def _switch(module: nn.Module, training: bool) -> None:
@@ -94,32 +110,6 @@ class _FallbackWarnings(contextlib.AbstractContextManager[None]):
 
 
 _NO_FALLBACK_WARNINGS = _FallbackWarnings()
-
-
-@contextlib.contextmanager
-def _kept_attributes(module: nn.Module) -> Iterator[None]:
-    """Shallow copies of each submodule's attributes: counters, caches and hook tables come back as they were."""
-    saved: list[tuple[nn.Module, dict[str, Any], dict[str, dict[Any, Any]]]] = [
-        (m, dict(m.__dict__), {name: dict(m.__dict__[name]) for name in _OWN if name in m.__dict__})
-        for m in module.modules()
-    ]
-    try:
-        yield
-    finally:
-        for m, attributes, tables in saved:
-            if not _same(m.__dict__, attributes):
-                m.__dict__.clear()
-                m.__dict__.update(attributes)
-            for name, table in tables.items():
-                current = m.__dict__[name]
-                if not _same(current, table):
-                    current.clear()
-                    current.update(table)
-
-
-def _same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    """The same keys in the same order with identical values; equality would ask tensors for a truth value."""
-    return list(now) == list(before) and all(now[key] is before[key] for key in now)
 
 
 @contextlib.contextmanager
@@ -176,19 +166,46 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed torch's generators; `torch.manual_seed` would also queue a call for every absent accelerator, a slow one."""
+    """Seed torch's, numpy's and Python's generators.
+
+    `torch.manual_seed` would also queue a call for every absent accelerator, a slow one.
+    """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - models that draw from numpy's global stream are meant
+    random.seed(seed)
+
+
+class Draws:
+    """The states of the global random generators when it was made."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._numpy: Any = np.random.get_state()  # noqa: NPY002
+        self._python = random.getstate()
+        self._gpus: list[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def happened(self) -> bool:
+        """Whether a number was drawn since."""
+        now: Any = np.random.get_state()  # noqa: NPY002
+        numpys = now[2] == self._numpy[2] and np.array_equal(now[1], self._numpy[1])
+        alike = numpys and random.getstate() == self._python and torch.equal(torch.get_rng_state(), self._torch)
+        return not (alike and all(map(torch.equal, torch.cuda.get_rng_state_all() if self._gpus else [], self._gpus)))
+
+    def undo(self) -> None:
+        """Go back to them."""
+        torch.set_rng_state(self._torch)
+        np.random.set_state(self._numpy)  # noqa: NPY002
+        random.setstate(self._python)
+        if self._gpus:
+            torch.cuda.set_rng_state_all(self._gpus)
 
 
 @contextlib.contextmanager
 def _kept_rng() -> Iterator[None]:
-    cpu = torch.get_rng_state()
-    gpus: list[Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    before = Draws()
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)
+        before.undo()

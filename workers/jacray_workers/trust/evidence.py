@@ -279,6 +279,8 @@ def _with_inputs(problem: Problem, batch: Sequence[Tensor]) -> Problem:
 
 def written_buffers(problem: Problem, batch: Sequence[Tensor]) -> list[str]:
     """The buffers that one pass of the model writes to or puts another tensor in place of."""
+    if any(isinstance(part, torch.jit.ScriptModule) for part in problem.module.modules()):
+        return []  # they take no hooks
     guarded = shielded(problem)
     before = {name: tensor._version for name, tensor in guarded.tensors.items()}
     swapped: set[str] = set()

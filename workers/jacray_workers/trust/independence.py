@@ -28,10 +28,7 @@ MOVED = {torch.float64: 1e-8, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.f
 ALONE = {torch.float64: 1e-4, torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.1}
 # Two passes over one batch may differ by so much before the model counts as answering differently each time.
 NOISE = 1e-3
-UNSTEADY = (
-    "two passes over the same batch differ by {:.1e}: the model keeps a state, or draws numbers that torch's seed does"
-    " not fix"
-)
+UNSTEADY = "two passes over the same batch that differ by {:.1e} of the outputs' size"
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class Independence:
         same_alone: a sample among others gives what it gives alone, in value and derivative. For a model that draws
             random numbers this is not asked, and False: what it draws depends on the place in the batch.
         batchable: the model takes a batch of several samples at all, and keeps it as its outputs' first axis.
+        steady: the same samples give the same outputs each time.
         notes: what else a reader should know: the model writes to its buffers, or answers differently each time.
     """
 
@@ -55,6 +53,7 @@ class Independence:
     way_out: str = ""
     same_alone: bool = True
     batchable: bool = True
+    steady: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -129,7 +128,10 @@ def _in_float64(
 
 def _judge(looked: Probe, evidence: Evidence, notes: tuple[str, ...]) -> Independence:
     dtype = looked.problem.dtype
-    notes = (*notes, *evidence.notes, *([UNSTEADY.format(evidence.noise)] if evidence.noise > NOISE else []))
+    notes = (*notes, *evidence.notes)
+    if evidence.noise > NOISE:
+        why = UNSTEADY.format(evidence.noise)
+        return Independence(True, why=why, same_alone=False, steady=False, notes=(*notes, why))
     if evidence.moved > max(MOVED[dtype], 16 * evidence.noise):
         seen = f"replacing one sample moves another's outputs by {min(evidence.moved, 1):.0%} of their size"
         return _coupled(blame_values(looked, evidence.replaced, MOVED[dtype]), seen, notes)

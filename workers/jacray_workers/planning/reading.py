@@ -1,0 +1,113 @@
+"""Whether a model turns the values of its inputs into Python values, on which its path or its shapes then depend.
+
+Such a model may treat a batch otherwise than a sample: a threshold that one sample crosses, a count of what a mask
+picked. No probe of a few samples can rule that out, so it is watched for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from jacray_workers.errors import ModelError
+from jacray_workers.planning.watching import Watcher
+from jacray_workers.problem.problem import Problem
+from jacray_workers.problem.state import written_by
+
+# What leaves torch with the values of a tensor, and so is no operator. Not `__repr__`: it is there to be printed.
+_LEAVES = frozenset(("numpy", "__array__", "tolist", "__dlpack__", "data_ptr"))
+# Functions that read values only to check them, where the second argument is given.
+_CHECKS = frozenset(("one_hot",))
+_TAGS = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
+
+
+def reads_values(problem: Problem, batch: Sequence[Tensor]) -> bool:
+    """Whether the model reads a value that depends on its inputs; called inside `problem.session()`."""
+    values = problem.values(batch)
+    own = [value for leaf, value in zip(problem.leaves, values, strict=True) if leaf.side != "param"]
+    seen = _Data([*batch, *own])
+    with torch.no_grad(), _Calls(seen), _Operators(seen):
+        try:
+            problem.forward(values, batch)
+        except (RuntimeError, ValueError, TypeError, IndexError, ModelError):
+            return seen.read
+    return seen.read
+
+
+class _Data:
+    """The tensors that depend on the inputs, by their memory, and whether one was read."""
+
+    def __init__(self, data: Sequence[Tensor]) -> None:
+        self.read = False
+        self.paused = 0
+        self._known: dict[int, Tensor] = {}
+        self.add(data)
+
+    def add(self, found: Any) -> None:
+        """Take every tensor in a nest of containers, and keep it: memory is used again once its tensor is gone."""
+        for leaf in pytree.tree_leaves(found):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+                self._known.setdefault(leaf.untyped_storage()._cdata, leaf)
+
+    def holds(self, value: Any) -> bool:
+        """Whether any tensor in a nest of containers depends on the inputs."""
+        leaves = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+        return any(leaf.layout == torch.strided and leaf.untyped_storage()._cdata in self._known for leaf in leaves)
+
+    def note(self, value: Any) -> None:
+        """Something of these is turned into a Python value or into a shape."""
+        self.read = self.read or (not self.paused and self.holds(value))
+
+
+class _Operators(Watcher):
+    """Follows the data through operators, and sees those whose result torch itself says depends on values."""
+
+    def __init__(self, data: _Data) -> None:
+        super().__init__()
+        self._data = data
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs)
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            # The condition of a branch or of a loop, whatever the operator calls it.
+            self._data.note(given)
+        elif _TAGS.intersection(func.tags):
+            self._data.note(_decides(func, args))
+        if self._data.holds(given):
+            self._data.add(list(written_by(func, args, kwargs or {})))
+            result = func(*args, **(kwargs or {}))
+            self._data.add(result)
+            return result
+        return func(*args, **(kwargs or {}))
+
+
+def _decides(func: Any, args: Any) -> Any:
+    """The arguments whose values decide the result's shape or value."""
+    if func._overloadpacket is torch.ops.aten.index:
+        return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+    return args[1] if func._overloadpacket is torch.ops.aten.masked_select else args
+
+
+class _Calls(TorchFunctionMode):
+    """Sees values leave torch without an operator."""
+
+    def __init__(self, data: _Data) -> None:
+        super().__init__()
+        self._data = data
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _LEAVES:
+            self._data.note(args)
+        if name not in _CHECKS or len(args) + len(kwargs or {}) < 2:
+            return func(*args, **(kwargs or {}))
+        self._data.paused += 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._data.paused -= 1

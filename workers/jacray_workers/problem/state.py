@@ -1,0 +1,194 @@
+"""What a model keeps from one call to the next, so that every pass can start from what the job found.
+
+A module may count its calls, fill a cache or write into its own parameters. Its Jacobian is then that of the function
+it was when the job began, and the passes of a job must not see each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jacray_workers.planning.watching import Watcher
+
+# Tables that belong to `nn.Module` itself.
+OWN = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+_CONTAINERS = (dict, OrderedDict, list, set, deque)
+_SOURCES = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+# How deep containers within containers are looked into: a cache by layer, by name, is two.
+_DEPTH = 3
+
+
+def same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    """The same keys in the same order with identical values; equality would ask tensors for a truth value."""
+    return list(now) == list(before) and all(now[key] is before[key] for key in now)
+
+
+class Snapshot:
+    """The attributes of every submodule as they stand.
+
+    Args:
+        module: the model.
+        deep: look into containers and sources of random numbers too, as models that keep a state need it.
+    """
+
+    def __init__(self, module: nn.Module, *, deep: bool) -> None:
+        self._modules = [
+            (
+                m,
+                dict(m.__dict__),
+                {name: dict(m.__dict__[name]) for name in OWN if isinstance(m.__dict__.get(name), dict)},
+            )
+            for m in module.modules()
+        ]
+        self._containers: list[tuple[Any, Any]] = []
+        self._sources: list[tuple[Any, Any]] = []
+        if deep:
+            seen: set[int] = set()
+            for _, attributes, _ in self._modules:
+                for name, value in attributes.items():
+                    if name not in OWN:
+                        self._look(value, seen, _DEPTH)
+
+    def _look(self, value: Any, seen: set[int], depth: int) -> None:
+        if isinstance(value, _SOURCES):
+            self._sources.append((value, _state_of(value)))
+        if type(value) not in _CONTAINERS or id(value) in seen or depth == 0:
+            return
+        seen.add(id(value))
+        self._containers.append((value, copy.copy(value)))
+        for part in value.values() if isinstance(value, dict) else value:
+            self._look(part, seen, depth - 1)
+
+    def changed(self) -> bool:
+        """Whether anything is no longer as it was."""
+        return (
+            any(not same(m.__dict__, attributes) for m, attributes, _ in self._modules)
+            or any(not _same_contents(now, before) for now, before in self._containers)
+            or any(not _equal(_state_of(source), state) for source, state in self._sources)
+        )
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for m, attributes, tables in self._modules:
+            if not same(m.__dict__, attributes):
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
+            for name, table in tables.items():
+                current = m.__dict__[name]
+                if not same(current, table):
+                    current.clear()
+                    current.update(table)
+        for now, before in self._containers:
+            if not _same_contents(now, before):
+                now.clear()
+                now.extend(before) if isinstance(now, list | deque) else now.update(before)
+        for source, state in self._sources:
+            _set_state(source, state)
+
+
+def scripted(module: nn.Module) -> frozenset[str]:
+    """The names of the parameters and buffers in scripted modules, in whose places nothing else can be put."""
+    parts = [(path, part) for path, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, part in parts
+        for name, _ in (*part.named_parameters(), *part.named_buffers())
+    )
+
+
+@contextlib.contextmanager
+def kept(module: nn.Module, *, deep: bool) -> Iterator[None]:
+    """The modules' attributes, counters, caches and tables come back as they were."""
+    before = Snapshot(module, deep=deep)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
+def _same_contents(now: Any, before: Any) -> bool:
+    if isinstance(now, dict):
+        return same(now, before)
+    if isinstance(now, set):
+        return bool(now == before)
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+
+
+def _state_of(source: Any) -> Any:
+    if isinstance(source, torch.Generator):
+        return source.get_state()
+    if isinstance(source, np.random.Generator):
+        return copy.deepcopy(source.bit_generator.state)
+    return source.get_state() if isinstance(source, np.random.RandomState) else source.getstate()
+
+
+def _set_state(source: Any, state: Any) -> None:
+    if isinstance(source, torch.Generator | np.random.RandomState):
+        source.set_state(state)
+    elif isinstance(source, np.random.Generator):
+        source.bit_generator.state = state
+    else:
+        source.setstate(state)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two states of a source of random numbers are the same."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, tuple):
+        return all(map(_equal, a, b))
+    return bool(np.array_equal(a, b))
+
+
+class Writes(Watcher):
+    """Notices which of a model's tensors a pass writes into, and puts their values back.
+
+    Args:
+        tensors: parameters and buffers by name, as the model sees them.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.saved: dict[str, Tensor] = {}
+        self._tensors = tensors
+        self._names: dict[int, list[str]] = {}
+        for name, tensor in tensors.items():
+            if tensor.layout == torch.strided:
+                self._names.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in written_by(func, args, kwargs or {}):
+            for name in self._names.get(tensor.untyped_storage()._cdata, ()):
+                if name not in self.saved:
+                    self.saved[name] = self._tensors[name].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+    def undo(self) -> None:
+        """Give the tensors the values that they had."""
+        for name, value in self.saved.items():
+            tensor = self._tensors[name].detach()
+            with torch.no_grad(), torch.autograd.grad_mode._unsafe_preserve_version_counter(tensor):
+                tensor.copy_(value)
+
+
+def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The strided tensors that a call of an operator writes into."""
+    schema = getattr(func, "_schema", None)
+    for at, argument in enumerate(schema.arguments if schema is not None and schema.is_mutable else ()):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[at] if at < len(args) else kwargs.get(argument.name)
+        for tensor in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                yield tensor
