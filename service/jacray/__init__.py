@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jacray_workers.request import Request
 
     from jacray.api import compute, jacobian, plan, weighted_gradient
+    from jacray.asynchronous import AsyncClient
     from jacray.client import Client
     from jacray.exporting import export
     from jacray.job import Job, JobStatus, JobTimeoutError
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AsyncClient",
     "BudgetError",
     "Client",
     "CoupledSamplesError",
@@ -76,6 +78,7 @@ __all__ = [
 
 _HOMES = {
     "jacray.api": ("compute", "jacobian", "plan", "weighted_gradient"),
+    "jacray.asynchronous": ("AsyncClient",),
     "jacray.client": ("Client",),
     "jacray.exporting": ("export",),
     "jacray.job": ("Job", "JobStatus", "JobTimeoutError"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from jacray_workers.errors import JobError
 from jacray_workers.plan import Plan
@@ -100,6 +100,12 @@ class Job:
         if self._result is None:
             raise JobError("job", "has no result", self.id)
         return self._result
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        """`await job` gives what `job.result()` gives."""
+        from jacray.asynchronous import in_thread
+
+        return in_thread(self.result).__await__()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the job has ended, however it did; returns whether it has."""

@@ -155,18 +155,25 @@ def _check_containers(value: Any, argument: str) -> None:
 
 def pack_result(values: Iterable[tuple[str, Any]], plan: Plan) -> Message:
     """The arrays of a result under their keys of the plan, and their structure; blocks in factors stay so."""
-    message = Message({"results": {}, "blocks": {}})
-    for name, value in values:
-        message.about["results"][name] = to_json(value, _Keys(plan, name, message))
+    structure, arrays = keyed(values, plan)
+    message = Message({"results": structure, "blocks": {}})
+    for key, value in arrays.items():
+        put_array(message, key, value)
     return message
+
+
+def keyed(values: Iterable[tuple[str, Any]], plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Each result's tree with array keys in place of arrays, and the arrays by key."""
+    arrays: dict[str, Any] = {}
+    return {name: to_json(value, _Keys(plan, name, arrays)) for name, value in values}, arrays
 
 
 class _Keys:
     """Gives each array of a result's tree its key: distinct ones come in the plan's order."""
 
-    def __init__(self, plan: Plan, name: str, message: Message) -> None:
+    def __init__(self, plan: Plan, name: str, arrays: dict[str, Any]) -> None:
         self.left = iter(plan.array(name))
-        self.message = message
+        self.arrays = arrays
         self.known: dict[int, str] = {}
 
     def __call__(self, value: Any) -> str:
@@ -175,7 +182,7 @@ class _Keys:
             if array is None or tuple(array.shape) != tuple(value.shape):
                 raise FaultError(f"a result holds an array of shape {tuple(value.shape)} that its plan does not list")
             self.known[id(value)] = array.key
-            put_array(self.message, array.key, value)
+            self.arrays[array.key] = value
         return self.known[id(value)]
 
 
@@ -190,12 +197,13 @@ def put_array(message: Message, key: str, value: Any) -> None:
 
 def unpack_result(about: Mapping[str, Any], found: Mapping[str, Tensor]) -> dict[str, Any]:
     """Result name -> the user's structure."""
+    return {name: from_json(part, lambda key: array_of(key, about, found)) for name, part in about["results"].items()}
+
+
+def array_of(key: str, about: Mapping[str, Any], found: Mapping[str, Tensor]) -> Tensor:
+    """One array of a result, or the block that its factors make."""
     blocks = about.get("blocks", {})
-
-    def read(key: str) -> Any:
-        return _block(key, blocks[key], found) if key in blocks else found[key]
-
-    return {name: from_json(part, read) for name, part in about["results"].items()}
+    return _block(key, blocks[key], found) if key in blocks else found[key]
 
 
 def _block(key: str, meta: Mapping[str, Any], found: Mapping[str, Tensor]) -> Block:

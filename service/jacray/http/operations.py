@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jacray.http import problems, schemas, wire
+from jacray.http import job_calls, problems, schemas, wire
 from jacray.http.calls import JSON, Answer, Call
 
 if TYPE_CHECKING:
@@ -93,6 +93,69 @@ def _uploads(kind: str, what: str) -> list[Operation]:
     ]  # fmt: skip
 
 
+_ID = Parameter("id", "path", {"type": "string", "pattern": "^[0-9a-f]{1,32}$"}, "the job's id")
+_KEY = Parameter(
+    "Idempotency-Key", "header", {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "^[!-~]+$"},
+    "makes submitting the same job again harmless",
+)  # fmt: skip
+_AFTER = Parameter("Last-Event-ID", "header", {"type": "integer", "minimum": 0}, "the last event that one has")
+
+
+def _query(name: str, text: str, schema: Mapping[str, Any] | None = None) -> Parameter:
+    return Parameter(name, "query", schema or {"type": "integer", "minimum": 0}, text)
+
+
+_JOBS = (
+    Operation(
+        "POST", "/v1/jobs", "submit", "Submit a job.", job_calls.submit,
+        {201: {JSON: schemas.JOB}, 200: {JSON: schemas.JOB}}, (*_BODY, 409, 422, 429, 500), _WORK, (_KEY,),
+        {"Location": "the job"},
+    ),
+    Operation(
+        "GET", "/v1/jobs", "list_jobs", "Your jobs, the latest first.", job_calls.listing,
+        {200: {JSON: schemas.listing("jobs", schemas.JOB)}}, (422,),
+        parameters=(
+            _query("state", "only jobs in this state", {"enum": ["queued", "running", "done", "failed", "cancelled"]}),
+            _query("limit", "at most so many", {"type": "integer", "minimum": 1, "maximum": 10_000}),
+        ),
+    ),
+    Operation(
+        "GET", "/v1/jobs/{id}", "get_job", "One job.", job_calls.status, {200: {JSON: schemas.JOB}}, (404, 422),
+        parameters=(
+            _ID, _query("wait", "seconds to wait for its end", {"type": "integer", "minimum": 0, "maximum": 60}),
+        ),
+    ),
+    Operation(
+        "DELETE", "/v1/jobs/{id}", "delete_job", "Forget a job and its result; one that runs is cancelled.",
+        job_calls.remove, {204: {}}, (404, 409), parameters=(_ID,),
+    ),
+    Operation(
+        "POST", "/v1/jobs/{id}/cancel", "cancel_job", "End a job soon.", job_calls.cancel, {200: {JSON: schemas.JOB}},
+        (404,), parameters=(_ID,),
+    ),
+    Operation(
+        "GET", "/v1/jobs/{id}/plan", "get_plan", "How a job is computed.", job_calls.plan, {200: {JSON: schemas.PLAN}},
+        (404, 409), parameters=(_ID,),
+    ),
+    Operation(
+        "GET", "/v1/jobs/{id}/receipt", "get_receipt", "How a job's numbers came about.", job_calls.receipt,
+        {200: {JSON: {"type": "object"}}}, (404, 409), parameters=(_ID,),
+    ),
+    Operation(
+        "GET", "/v1/jobs/{id}/events", "get_events", "A job's events as they happen.", job_calls.events,
+        {200: {EVENTS: {"type": "string"}}}, (400, 404), parameters=(_ID, _AFTER),
+    ),
+    Operation(
+        "GET", "/v1/jobs/{id}/result", "get_result", "A job's result, or a part of it.", job_calls.result,
+        {200: {wire.MEDIA: _BINARY}}, (404, 406, 409, 422),
+        parameters=(
+            _ID, _query("result", "names of results, with commas between", {"type": "string"}),
+            _query("array", "the key of one array", {"type": "string"}), _query("start", "the first sample"),
+            _query("stop", "the sample after the last"),
+        ),
+    ),
+)  # fmt: skip
+
 OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "POST", "/v1/compute", "compute",
@@ -101,6 +164,7 @@ OPERATIONS: tuple[Operation, ...] = (
         lambda service, call: service.compute(call), {200: {wire.MEDIA: _BINARY, JSON: schemas.RESULTS}},
         (*_BODY, 422, 429, 500, 503), _WORK,
     ),
+    *_JOBS,
     *_uploads("models", "an exported model"),
     *_uploads("inputs", "tensors"),
     Operation(
@@ -122,6 +186,7 @@ EVERYWHERE: Mapping[int, str] = {
     401: "no token, or an unknown one",
     403: "the request comes from another site's page, or names another host",
     404: "there is nothing of yours here",
+    406: "a form of answer that is not given here",
     408: "the body came too slowly",
     409: "it contradicts what is there",
     413: "too many bytes",

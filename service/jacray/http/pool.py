@@ -64,7 +64,9 @@ class Process:
         self.pid = self._child.pid
         self.incoming, self.outgoing = await asyncio.open_connection(sock=ours, limit=1 << 22)
         async with asyncio.timeout(START_SECONDS):
-            await self.exchange({**self.settings, "threads": self.threads})
+            answer, _ = await self.exchange({**self.settings, "threads": self.threads})
+        if "failed" in answer:
+            raise ProcessLostError(answer["failed"]["detail"])
         self.ready = True
 
     async def exchange(self, head: Mapping[str, Any], payload: Sequence[bytes | memoryview] = ()) -> tuple[Any, bytes]:

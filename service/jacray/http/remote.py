@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -16,6 +18,7 @@ from jacray.http import wire
 from jacray.http.connection import Connections
 from jacray.http.messages import result_of
 from jacray.http.outgoing import message_of
+from jacray.http.remote_job import RemoteJob
 from jacray.result import Result
 
 
@@ -43,6 +46,48 @@ class RemoteClient(Client):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def submit(
+        self,
+        model: Any,
+        x: Any,
+        *,
+        request: Request | None = None,
+        key: str | None = None,
+        **fields: Unpack[AllFields],
+    ) -> RemoteJob:
+        """Submit a job. It is the service's: it goes on when this client is closed.
+
+        Args:
+            model: an `nn.Module` or a model spec.
+            x: a tensor or a pytree of tensors, the batch first, or an input spec as a mapping.
+            request: a request made before; `fields` change some of it.
+            key: submitting again under the same key gives the same job; one of its own by default.
+            **fields: the fields of `Request`.
+
+        Raises:
+            UserError: what breaks a rule.
+        """
+        message = message_of(model, x, make_request(request, **fields), self._upload)
+        header, parts = message.encode()
+        headers = {"Idempotency-Key": key or uuid.uuid4().hex, "Accept": "application/json"}
+        with self._connections.open("POST", "/v1/jobs", parts=[header, *parts], headers=headers) as response:
+            shown = json.loads(response.read())
+        return RemoteJob(self._connections, shown)
+
+    def job(self, identity: str) -> RemoteJob:
+        """A job that was submitted before, from anywhere.
+
+        Raises:
+            JacrayError: there is none of yours.
+        """
+        return RemoteJob(self._connections, self._connections.json("GET", f"/v1/jobs/{identity}"))
+
+    def jobs(self, state: str | None = None) -> list[dict[str, Any]]:
+        """Your jobs, the latest first, as the service describes them."""
+        query = {"state": state} if state else None
+        found: list[dict[str, Any]] = self._connections.json("GET", "/v1/jobs", query=query)["jobs"]
+        return found
 
     def compute(self, model: Any, x: Any, *, request: Request | None = None, **fields: Unpack[AllFields]) -> Result:
         """Compute small work in one round trip.

@@ -30,6 +30,25 @@ PROBLEM = mapping(
 )  # fmt: skip
 UPLOADED = mapping({"digest": DIGEST, "kind": _TEXT, "bytes": _WHOLE, "tensors": _WHOLE})
 UPLOAD = mapping({"digest": DIGEST, "kind": _TEXT, "bytes": _WHOLE, "at": _NUMBER})
+_COUNTS = dict.fromkeys(("samples", "samples_done", "shards", "shards_done", "retries", "bytes_out"), _WHOLE)
+JOB = mapping(
+    {
+        "id": _TEXT, "user": _TEXT, "key": _TEXT, "planned": {"type": "boolean"}, "submitted": _NUMBER,
+        "state": {"enum": ["queued", "running", "done", "failed", "cancelled"]},
+        "started": {"type": ["number", "null"]}, "finished": {"type": ["number", "null"]}, "elapsed": _NUMBER,
+        **_COUNTS, "method": _TEXT, "digest": _TEXT, "model": _TEXT,
+        "problem": {"oneOf": [{"type": "null"}, {"$ref": "#/components/schemas/Problem"}]},
+    }
+)  # fmt: skip
+PLAN = mapping(
+    {
+        "samples": _WHOLE,
+        "shards": _WHOLE,
+        "bytes_out": _WHOLE,
+        "method": _TEXT,
+        "explained": {"type": ["string", "null"]},
+    }
+)
 STATUS = mapping({"status": _TEXT})
 READINESS = mapping({"status": _TEXT, "processes": _WHOLE})
 RESULTS = mapping({"results": {"type": "object"}, "receipt": {"type": "object"}})

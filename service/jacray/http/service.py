@@ -12,19 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jacray_workers.errors import InputError, Plain
+from jacray_workers.errors import InputError
 
 from jacray.http import wire
 from jacray.http.batching import Ask, Rules, Small
 from jacray.http.calls import Answer, Body, Call, failed, file_pieces, receive, said
 from jacray.http.database import Database
+from jacray.http.jobs import Jobs
 from jacray.http.metrics import Metrics
 from jacray.http.policy import Policy
 from jacray.http.pool import Process
-from jacray.http.problems import HttpError
 from jacray.http.settings import Settings
 from jacray.http.shapes import kind_of
-from jacray.http.uploads import KINDS, Uploads
+from jacray.http.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Service:
         self.settings, self.limits = settings, settings.limits
         self.metrics = Metrics()
         self.stopping = False
-        state = settings.state
+        state = settings.state.resolve()
         for name in ("incoming", "empty"):
             (state / name).mkdir(parents=True, exist_ok=True)
         self.incoming, self.empty = state / "incoming", state / "empty"
@@ -56,11 +56,13 @@ class Service:
             self.limits.compute_seconds, self.limits.waiting_per_user, self.limits.waiting,
         )  # fmt: skip
         self.small = Small(self._process, settings.workers, rules, self.metrics)
+        self.jobs = Jobs(state / "jobs", self.database, self._runner, self.limits, self.metrics)
 
     async def start(self) -> None:
         """Make ready; the processes start in the background."""
         await self.uploads.begin()
         self.small.start()
+        await self.jobs.start()
 
     async def stop(self) -> None:
         """Let what is being computed finish for a while, then end everything."""
@@ -69,13 +71,14 @@ class Service:
         while (self.small.busy or self.small.waiting) and time.monotonic() < until:  # noqa: ASYNC110 - rare
             await asyncio.sleep(0.05)
         await self.small.stop()
+        await self.jobs.stop(max(until - time.monotonic(), 0.0))
         self.database.close()
         shutil.rmtree(self.spool, ignore_errors=True)
 
     @property
     def ready(self) -> bool:
         """Whether work is taken."""
-        return not self.stopping and self.small.ready > 0
+        return not self.stopping and self.small.ready > 0 and self.jobs.ready
 
     # Operations -------------------------------------------------------------------------------------------------
 
@@ -90,7 +93,7 @@ class Service:
 
     async def metrics_text(self, _call: Call) -> Answer:
         """What there is to count, for Prometheus."""
-        self.metrics.look(self.small.waiting, self.small.ready, self.small.busy)
+        self.metrics.look(self.small.waiting, self.small.ready, self.small.busy, self.jobs.waiting)
         return Answer(200, self.metrics.text(), self.metrics.media)
 
     async def compute(self, call: Call) -> Answer:
@@ -104,9 +107,8 @@ class Service:
             self.metrics.served("compute", time.monotonic() - began, body.size)
 
     async def _compute(self, call: Call, body: Body) -> Answer:
-        header = await body.header() if body.media == wire.MEDIA else None
-        about = header.about if header is not None else await body.json()
-        ask = self._ask(call, body, check_about(about), header)
+        about, header = await self._about(body)
+        ask = self._ask(call, body, about, header)
         answer, data = await self.small.compute(ask)
         if "problem" in answer:
             return failed(answer["problem"], answer.get("headers"))
@@ -115,16 +117,13 @@ class Service:
             return Answer(200, file_pieces(Path(answer["file"]), size, forget=True), media, size=size)
         return Answer(200, data, media)
 
+    async def _about(self, body: Body) -> tuple[Mapping[str, Any], wire.Header | None]:
+        header = await body.header() if body.media == wire.MEDIA else None
+        return check_about(header.about if header is not None else await body.json()), header
+
     def _ask(self, call: Call, body: Body, about: Mapping[str, Any], header: wire.Header | None) -> Ask:
-        policy = self.policy(call.user)
-        model, key = policy.model(about.get("model"))
-        inputs, stored = policy.inputs(about.get("inputs"))
-        item: dict[str, Any] = {
-            "about": {"inputs": inputs, "request": about.get("request") or {}},
-            "model": model, "model_key": key, "accept": call.accept,
-        }  # fmt: skip
-        if stored is not None:
-            item["inputs_file"] = stored
+        item = self._item(call.user, about)
+        item["accept"], key, stored = call.accept, item["model_key"], item.get("inputs_file")
         if header is not None:
             item |= {"file": str(body.file)} if body.file is not None else {"size": body.size}
         together = body.file is None and stored is None and about.get("options", {}).get("batch", True)
@@ -132,6 +131,23 @@ class Service:
         fits = samples <= self.limits.batch_samples // 2
         parts = body.parts if header is not None and body.file is None else []
         return Ask(call.user, kind if together and fits else None, key, samples, item, parts)
+
+    def _item(self, user: str, about: Mapping[str, Any]) -> dict[str, Any]:
+        """What a process is told of a piece of work: only files that its user may name are in it."""
+        policy = Policy(functools.partial(self.uploads.find, user), self.settings.data, self.settings.import_prefixes)
+        model, key = policy.model(about.get("model"))
+        inputs, stored = policy.inputs(about.get("inputs"))
+        told = {"inputs": inputs, "request": about.get("request") or {}}
+        item: dict[str, Any] = {"about": told, "model": model, "model_key": key}
+        return item if stored is None else {**item, "inputs_file": stored}
+
+    async def job_item(self, call: Call, body: Body) -> tuple[dict[str, Any], str]:
+        """What the process that runs jobs is told of a job, and its model's digest."""
+        about, header = await self._about(body)
+        item = self._item(call.user, about)
+        if header is not None:
+            item["file"] = ""  # filled in once the body has come to its place
+        return item, item["model_key"]
 
     async def upload(self, call: Call, kind: str) -> Answer:
         """Keep a model or tensors under the digest of their bytes."""
@@ -158,20 +174,24 @@ class Service:
 
     # Parts ------------------------------------------------------------------------------------------------------
 
-    def policy(self, user: str) -> Policy:
-        """What this user's specs may name."""
-        find = functools.partial(self.uploads.find, user)
-        return Policy(find, self.settings.data, self.settings.import_prefixes)
-
     def _process(self) -> Process:
         limits = self.limits
         told = {
             "result_bytes": limits.result_bytes, "file_bytes": 1 << 20, "json_numbers": limits.json_numbers,
             "folder": str(self.spool), "warm_bytes": limits.warm_bytes, "memory_bytes": limits.memory_bytes,
             "process_bytes": 0 if self.settings.gpus_per_worker else self.settings.process_bytes,
-            "base": str(self.empty.resolve()), "import_prefixes": self.settings.import_prefixes,
+            "base": str(self.empty), "import_prefixes": self.settings.import_prefixes,
         }  # fmt: skip
         return Process("jacray.http.compute", told, self.settings.cpus_per_worker)
+
+    def _runner(self) -> Process:
+        settings, limits = self.settings, self.limits
+        told = {
+            "address": settings.address, "workers": settings.workers, "cpus_per_worker": settings.cpus_per_worker,
+            "gpus_per_worker": settings.gpus_per_worker, "memory_bytes": limits.memory_bytes,
+            "job_bytes": limits.job_bytes, "base": str(self.empty), "import_prefixes": settings.import_prefixes,
+        }  # fmt: skip
+        return Process("jacray.http.runner", told, settings.cpus_per_worker)
 
 
 def check_about(about: Any) -> Mapping[str, Any]:
@@ -192,12 +212,6 @@ def check_about(about: Any) -> Mapping[str, Any]:
     if set(about.get("options", {})) - {"batch"} or not isinstance(batch, bool):
         raise InputError("options", "may hold batch: true or false", about["options"])
     return about
-
-
-def check_kind(kind: str) -> None:
-    """Refuse a kind of upload that there is not."""
-    if kind not in KINDS:
-        raise HttpError(404, "path", f"must name one of {', '.join(KINDS)}", Plain(kind))
 
 
 def _quick_folder(state: Path) -> Path:

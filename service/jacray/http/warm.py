@@ -15,7 +15,7 @@ from jacray_workers.again import Batch, again, apart, joined, parts, resized
 from jacray_workers.engine import Prepared, assemble, prepare, run_shard
 from jacray_workers.errors import BudgetError, ModelError, Plain
 from jacray_workers.planning.explain import size
-from jacray_workers.request import budget_bytes
+from jacray_workers.request import Request, budget_bytes, make_request
 from jacray_workers.validation import explain
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -121,7 +121,7 @@ class Warm:
         known = held.kinds.get(("together", key))
         if known is None:
             whole = joined(first, batches)
-            known = prepare(held.module, whole.inputs, self._bounded(whole.request))
+            known = prepare(held.module, whole.inputs, bounded(whole.request, self.settings.memory_bytes))
             self._keep(held, ("together", key), known)
         return again(known, batches)
 
@@ -151,16 +151,9 @@ class Warm:
                 held.kinds.move_to_end(key)
                 return found
         self.misses += 1
-        prepared = prepare(held.module, asked.inputs, self._bounded(asked.request))
+        prepared = prepare(held.module, asked.inputs, bounded(asked.request, self.settings.memory_bytes))
         self._keep(held, key, prepared)
         return prepared
-
-    def _bounded(self, request: Any) -> Any:
-        """The request within the memory that one piece of work may take."""
-        most = self.settings.memory_bytes
-        asked = request.memory_budget
-        wanted = most if asked is None else min(budget_bytes(asked, most), most)
-        return request.model_copy(update={"memory_budget": wanted})
 
     def _keep(self, held: _Held, key: Any, prepared: Prepared) -> None:
         # Without the directions and inputs of whoever came first, beyond the one sample that shapes are told from.
@@ -168,6 +161,13 @@ class Warm:
         held.kinds[key] = replace(prepared, leaves=small)
         while len(held.kinds) > KINDS:
             held.kinds.popitem(last=False)
+
+
+def bounded(request: Request, most: int) -> Request:
+    """The request within the memory that one piece of work may take."""
+    asked = request.memory_budget
+    wanted = most if asked is None else min(budget_bytes(asked, most), most)
+    return make_request(request, memory_budget=wanted)
 
 
 def samples_class(samples: int) -> int:
