@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jacray_workers import errors
     from jacray_workers.errors import (
         BudgetError,
+        BusyError,
+        CancelledError,
         CoupledSamplesError,
         FaultError,
         InputError,
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
         RequestError,
         ShardError,
         SpecError,
+        StorageError,
         UserError,
         VerificationError,
     )
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncClient",
     "BudgetError",
+    "BusyError",
+    "CancelledError",
     "Client",
     "CoupledSamplesError",
     "FaultError",
@@ -64,6 +69,7 @@ __all__ = [
     "Result",
     "ShardError",
     "SpecError",
+    "StorageError",
     "UserError",
     "VerificationError",
     "__version__",

@@ -6,22 +6,30 @@ import threading
 import time
 import uuid
 import weakref
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, Unpack, cast
 
 from jacray_workers.engine import Prepared, prepare
-from jacray_workers.errors import JobError
+from jacray_workers.errors import JobError, RequestError
 from jacray_workers.models import as_model
+from jacray_workers.plan import Plan
 from jacray_workers.request import Request, make_request
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from jacray.coordinator import drive
+from jacray.digests import digests
 from jacray.executors import make_executor
-from jacray.executors.base import Executor, Payload, Task
+from jacray.executors.base import Payload, Task
+from jacray.executors.options import WorkerOptions, check_workers
 from jacray.executors.threads import torch_threads
+from jacray.failures import OnError, check_on_error
 from jacray.fields import AllFields
 from jacray.job import Job
+from jacray.journal import differing
+from jacray.limits import Door, Limits, Load
 from jacray.receipt import Ledger
 from jacray.result import Result
 
@@ -38,7 +46,13 @@ class Client:
             Ray. `http://HOST:PORT` is a service, and takes the arguments of `jacray.http.remote.RemoteClient`.
         workers: how many workers compute at a time.
         cpus_per_worker: what each worker is given; a worker has max(1, int(cpus_per_worker)) torch threads.
-        gpus_per_worker: how many GPUs each is given; 0 computes on CPUs.
+        gpus_per_worker: how many GPUs each is given; 0 computes on CPUs, 0.5 lets two workers share one.
+        resources: what else of a cluster each worker takes, by name.
+        shard_timeout: seconds that a worker may take over one shard, before it is replaced and the shard computed
+            elsewhere; None for any number. The first shard of a job includes getting the model and the inputs.
+        shard_size: samples per shard, where the plan's choice does not do: smaller ones lose less when a worker is
+            lost, and cost more to hand out.
+        limits: how much may be queued and running before `submit` refuses.
 
     Raises:
         RequestError: an argument breaks a rule.
@@ -59,9 +73,20 @@ class Client:
         workers: int = 2,
         cpus_per_worker: float = 1,
         gpus_per_worker: float = 0,
+        resources: Mapping[str, float] | None = None,
+        shard_timeout: float | None = None,
+        shard_size: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
+        _check_shards(shard_timeout, shard_size)
         self._address = address
-        self._executor = make_executor(address, workers, cpus_per_worker, gpus_per_worker)
+        self._executor = make_executor(
+            WorkerOptions(address, workers, cpus_per_worker, gpus_per_worker, resources or {})
+        )
+        self._shard_timeout, self._shard_size = shard_timeout, shard_size
+        self._door = Door(limits or Limits())
+        self._keyed: dict[str, _Keyed] = {}
+        self._submitting = threading.Lock()
         self._jobs: weakref.WeakSet[Job] = weakref.WeakSet()
         # Runs at the latest when the interpreter ends, so that no Ray outlives a script that forgot to close.
         self._finalizer = weakref.finalize(self, self._executor.close)
@@ -80,7 +105,17 @@ class Client:
         finally:  # also when Ctrl-C ends the waiting
             self.close()
 
-    def submit(self, model: Any, x: Any, *, request: Request | None = None, **fields: Unpack[AllFields]) -> Job:
+    def submit(
+        self,
+        model: Any,
+        x: Any,
+        *,
+        request: Request | None = None,
+        key: str | None = None,
+        on_error: OnError = "fail",
+        user: str = "",
+        **fields: Unpack[AllFields],
+    ) -> Job:
         """Check, plan and start a job. Returns while it runs; the first job also waits for Ray to be up.
 
         The job has its own snapshot of model and inputs: what the caller changes later does not change it.
@@ -89,29 +124,45 @@ class Client:
             model: an `nn.Module`, a callable of tensors or a model spec.
             x: a tensor or a pytree of tensors, the batch first.
             request: a request made before; `fields` change some of it.
+            key: an idempotency key. The job that was submitted with it before is given back, unless it failed or was
+                cancelled: then it is started again.
+            on_error: what a shard that always fails does. `fail` ends the job with its error; `skip` finishes the
+                others, leaves NaN at its samples and lists them in the receipt.
+            user: whose job it is. Workers are shared fairly among users, and among the jobs of one.
             **fields: the fields of `Request`. `verify` is on unless switched off.
 
         Raises:
             UserError: the model, the inputs or a field breaks a rule; no worker has seen the job then.
-            JobError: the client is closed.
+            BusyError: more is queued and running than the client's limits allow.
+            JobError: the client is closed, or the key was used for another job.
         """
         if self.closed:
             raise JobError("client", "is closed", None, "make a new jacray.Client")
         asked = self._completed(make_request(request, **fields))
         module = as_model(model)
-        began = time.perf_counter()
-        with torch_threads(self._executor.threads):
-            prepared = prepare(module, x, asked, workers=self._executor.workers)
-        plan = replace(prepared.plan, threads=self._executor.threads)
-        ledger = Ledger(self._describe(), seconds={"plan": time.perf_counter() - began})
-        began = time.perf_counter()
-        ledger.job = uuid.uuid4().hex[:12]
-        # As tensors, whatever they were given as, in the structure that the model takes.
-        inputs = pytree.tree_unflatten(list(prepared.leaves), prepared.problem.call.spec)
-        task = self._executor.keep(ledger.job, Payload(module, inputs, asked, plan))
-        ledger.seconds["send"] = time.perf_counter() - began
-        # What is left of the preparation only gives the results their structure.
-        return self._launch(task, replace(prepared, leaves=(), cotangents=None, tangents=None), ledger)
+        if key is None:
+            return self._start(module, x, asked, on_error, user)
+        # One at a time, so that two threads with one key cannot both be first.
+        with self._submitting:
+            found = digests(module, x, asked, self._executor.threads)
+            known = self._keyed.get(key)
+            if known is not None and known.digests != found:
+                changed = "; ".join(differing(known.digests, found))
+                raise JobError("key", f"was used for another job ({changed})", key, "use a new key")
+            if known is None or known.job.status().state in ("failed", "cancelled"):
+                known = self._keyed[key] = _Keyed(self._start(module, x, asked, on_error, user), found)
+            return known.job
+
+    def scale(self, workers: int) -> None:
+        """Go on with another number of workers, also while jobs run: those let go finish what they have.
+
+        Plans that are made stay as they are; plans to come reckon with the new number.
+
+        Raises:
+            RequestError: not a whole number, at least 1; or a Ray of our own has not the GPUs.
+        """
+        check_workers(workers)
+        self._executor.scale(workers)
 
     def compute(self, model: Any, x: Any, *, request: Request | None = None, **fields: Unpack[AllFields]) -> Result:
         """Submit a job and wait for its result; a service computes small work in one round trip."""
@@ -142,33 +193,93 @@ class Client:
             changes["device"] = self._executor.device
         return make_request(request, **changes) if changes else request
 
+    def _start(self, module: Any, x: Any, asked: Request, on_error: OnError, user: str) -> Job:
+        load = Load(1, 0, _nbytes(module, x))
+        with self._door.trying(load):
+            began = time.perf_counter()
+            with torch_threads(self._executor.threads):
+                prepared = prepare(module, x, asked, workers=self._executor.workers)
+            plan = replace(_in_shards(prepared.plan, self._shard_size), threads=self._executor.threads)
+            check_on_error(on_error, plan)
+            ledger = Ledger(self._describe(), job=uuid.uuid4().hex[:12])
+            ledger.seconds["plan"] = time.perf_counter() - began
+            shards = Load(0, plan.shard_count, 0)
+            with self._door.trying(shards):
+                began = time.perf_counter()
+                # As tensors, whatever they were given as, in the structure that the model takes.
+                inputs = pytree.tree_unflatten(list(prepared.leaves), prepared.problem.call.spec)
+                task = self._executor.keep(ledger.job, Payload(module, inputs, asked, plan))
+                task.user, task.timeout = user, self._shard_timeout
+                ledger.seconds["send"] = time.perf_counter() - began
+                # What is left of the preparation only gives the results their structure.
+                prepared = replace(prepared, leaves=(), cotangents=None, tangents=None)
+                return self._launch(_Work(task, prepared, ledger, on_error, load.plus(shards)))
+
     def _describe(self) -> dict[str, Any]:
         executor = self._executor
         return {
             "name": executor.name, "address": self._address, "workers": executor.workers, "threads": executor.threads
         }  # fmt: skip
 
-    def _launch(self, task: Task, prepared: Prepared, ledger: Ledger) -> Job:
-        executor = self._executor
-        job = Job(task.id, task.plan, lambda: executor.cancel(task))
+    def _launch(self, work: _Work) -> Job:
+        task = work.task
+        job = Job(task.id, task.plan, lambda: self._executor.cancel(task))
         self._jobs.add(job)
         # The thread refers to the client, so a client that nobody else holds stays open while its jobs run.
-        thread = threading.Thread(
-            target=_run, args=(self, executor, task, prepared, ledger, job), name=f"jacray-{job.id}", daemon=True
-        )
+        thread = threading.Thread(target=self._run, args=(work, job), name=f"jacray-{job.id}", daemon=True)
         thread.start()
         return job
 
+    def _run(self, work: _Work, job: Job) -> None:
+        """A job's thread: everything that happens ends in the job, nothing escapes."""
+        result: Result | None = None
+        error: BaseException | None = None
+        try:
+            result = drive(self._executor, work.task, work.prepared, work.ledger, job.emit, on_error=work.on_error)
+        except BaseException as caught:  # noqa: BLE001  (it is raised again by `job.result`)
+            error = caught
+        finally:
+            self._executor.drop(work.task)
+            self._door.leave(work.load)
+        job.settle(result, error)
 
-def _run(client: Client, executor: Executor, task: Task, prepared: Prepared, ledger: Ledger, job: Job) -> None:
-    """A job's thread: everything that happens ends in the job, nothing escapes."""
-    result: Result | None = None
-    error: BaseException | None = None
-    try:
-        result = drive(executor, task, prepared, ledger, job.emit)
-    except BaseException as caught:  # noqa: BLE001  (it is raised again by `job.result`)
-        error = caught
-    finally:
-        executor.drop(task)
-    job.settle(result, error)
-    del client
+
+@dataclass(frozen=True)
+class _Work:
+    """What a job's thread needs."""
+
+    task: Task
+    prepared: Prepared
+    ledger: Ledger
+    on_error: OnError
+    load: Load
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    """A job that was submitted with a key, and what it was."""
+
+    job: Job
+    digests: Mapping[str, str]
+
+
+def _in_shards(plan: Plan, size: int | None) -> Plan:
+    """The plan with shards of about so many samples: whole chunks each, or smaller chunks where these are larger."""
+    if size is None:
+        return plan
+    chunk = min(plan.chunk_size, size)
+    return replace(plan, chunk_size=chunk, shard_size=min(plan.samples, size // chunk * chunk))
+
+
+def _nbytes(module: Any, x: Any) -> int:
+    """Bytes of a model and its inputs."""
+    held = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+    leaves = [leaf for leaf in pytree.tree_leaves(x) if hasattr(leaf, "nbytes") or isinstance(leaf, Tensor)]
+    return sum(int(part.nbytes) for part in [*held, *leaves])
+
+
+def _check_shards(timeout: Any, size: Any) -> None:
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
+        raise RequestError("shard_timeout", "must be a number of seconds above 0, or None", timeout)
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise RequestError("shard_size", "must be a whole number of samples, at least 1, or None", size)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jacray_workers.engine import Prepared, assemble, run_shard
+from jacray_workers.errors import StorageError
 from jacray_workers.plan import Plan
 
 from jacray import receipt
-from jacray.events import Event, JobStarted, ShardDone, ShardRetried
-from jacray.executors.base import Begun, Executor, Retried, Task
+from jacray.events import Event, JobStarted, ShardDone, ShardFailed, ShardRetried, ShardsKept
+from jacray.executors.base import Begun, Done, Executor, Failed, Retried, Step, Task
+from jacray.failures import Failures, OnError
 from jacray.gather import Gather
 from jacray.receipt import Ledger
 from jacray.result import Result
+
+if TYPE_CHECKING:
+    from jacray.record import Record
 
 Emit = Callable[[Event], None]
 
@@ -41,7 +47,16 @@ def compute_here(prepared: Prepared, planned: float) -> Result:
     return _result(prepared, gather.finish(), prepared.plan, ledger)
 
 
-def drive(executor: Executor, task: Task, prepared: Prepared, ledger: Ledger, emit: Emit) -> Result:
+def drive(
+    executor: Executor,
+    task: Task,
+    prepared: Prepared,
+    ledger: Ledger,
+    emit: Emit,
+    *,
+    record: Record | None = None,
+    on_error: OnError = "fail",
+) -> Result:
     """Run a task on an executor until every shard is done.
 
     Args:
@@ -50,31 +65,113 @@ def drive(executor: Executor, task: Task, prepared: Prepared, ledger: Ledger, em
         prepared: the job as the client prepared it, for the structure of its results.
         ledger: takes what the receipt needs.
         emit: takes every event, in order.
+        record: the job's lines in a journal. What they have as done is not computed again.
+        on_error: what to do about a shard that is given up.
 
     Raises:
-        JobError: the task was cancelled.
-        UserError: what the model or the request cannot do.
-        ShardError: a shard was lost too often.
+        CancelledError: the task was cancelled.
+        UserError: what the model or the request cannot do, or the storage.
+        ShardError: a shard was lost too often, or there is no worker.
         Exception: what the model raised.
     """
-    plan = task.plan
-    queued = began = time.perf_counter()
-    gather = Gather(plan)
-    for step in executor.run(task, gather.into):
-        if isinstance(step, Begun):
-            began = time.perf_counter()
-            emit(JobStarted(task.id, time.monotonic(), plan.samples, plan.shard_count, executor.workers))
-            continue
-        if isinstance(step, Retried):
-            ledger.retried(step)
-            emit(ShardRetried(task.id, time.monotonic(), step.shard.index, step.attempt, step.reason))
-            continue
+    run = _Drive(executor, task, ledger, emit, record, on_error)
+    return _result(prepared, run.blocks(), task.plan, ledger)
+
+
+class _Drive:
+    """One task on its way: every step goes to the arrays, the ledger, the journal and the listeners."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        task: Task,
+        ledger: Ledger,
+        emit: Emit,
+        record: Record | None,
+        on_error: OnError,
+    ) -> None:
+        self.executor, self.task, self.plan = executor, task, task.plan
+        self.ledger, self.emit, self.record = ledger, emit, record
+        self.gather = Gather(task.plan)
+        self.failures = Failures(on_error, keeps=record is not None and record.keeps)
+        self.skips = on_error == "skip"
+        self.kept = ShardsKept(task.id, 0.0, 0, 0)
+
+    def blocks(self) -> dict[str, Any]:
+        """Compute what is left to compute, and give every array by key."""
+        queued = began = time.perf_counter()
+        self._resume()
+        if self.kept.shards == self.plan.shard_count:
+            self._begin()
+        else:
+            for step in self._steps():
+                if isinstance(step, Begun):
+                    began = time.perf_counter()
+                    self._begin()
+                else:
+                    self._take(step)
+        self.failures.finish(self.ledger.shards_done)
+        self.ledger.seconds.update(queue=began - queued, compute=time.perf_counter() - began)
+        return self.gather.finish()
+
+    def _steps(self) -> Iterator[Step]:
+        steps = self.executor.run(self.task, self.gather.into)
+        with contextlib.closing(cast("Generator[Step]", steps)):
+            yield from steps
+
+    def _resume(self) -> None:
+        """Take over what an earlier run has done."""
+        if self.record is None:
+            return
+        indices: set[int] = set()
+        samples = 0
+        for result, worker in self.record.kept():
+            self.gather.add(result)
+            self.ledger.done(result, worker, kept=True)
+            indices.add(result.shard.index)
+            samples += result.shard.stop - result.shard.start
+        self.task.kept = indices
+        self.kept = ShardsKept(self.task.id, 0.0, len(indices), samples)
+
+    def _begin(self) -> None:
+        now, plan = time.monotonic(), self.plan
+        self.emit(JobStarted(self.task.id, now, plan.samples, plan.shard_count, self.executor.workers))
+        if self.kept.shards:
+            self.emit(replace(self.kept, at=now))
+
+    def _take(self, step: Done | Retried | Failed) -> None:
+        match step:
+            case Done():
+                self._done(step)
+            case Retried():
+                self.ledger.retried(step)
+                if self.record is not None:
+                    self.record.retried(step)
+                self.emit(ShardRetried(self.task.id, time.monotonic(), step.shard.index, step.attempt, step.reason))
+            case Failed():
+                self._failed(step)
+
+    def _done(self, step: Done) -> None:
         result, shard = step.result, step.result.shard
-        gather.add(result)
-        ledger.done(result, step.worker)
-        emit(ShardDone(task.id, time.monotonic(), shard.index, shard.stop - shard.start, result.seconds, step.worker))
-    ledger.seconds.update(queue=began - queued, compute=time.perf_counter() - began)
-    return _result(prepared, gather.finish(), plan, ledger)
+        self.gather.add(result)
+        self.ledger.done(result, step.worker)
+        if self.record is not None:
+            self.record.done(step)
+        self.emit(
+            ShardDone(
+                self.task.id, time.monotonic(), shard.index, shard.stop - shard.start, result.seconds, step.worker
+            )
+        )
+
+    def _failed(self, step: Failed) -> None:
+        shard, told = step.shard, f"{type(step.error).__name__}: {step.error}"
+        if self.record is not None and not isinstance(step.error, StorageError):
+            self.record.failed(step)
+        self.emit(ShardFailed(self.task.id, time.monotonic(), shard.index, shard.start, shard.stop, step.attempt, told))
+        self.failures.add(step, self.ledger.shards_done)
+        if self.skips:
+            self.gather.skip(shard)
+            self.ledger.skip(step)
 
 
 def _result(prepared: Prepared, blocks: dict[str, Any], plan: Plan, ledger: Ledger) -> Result:

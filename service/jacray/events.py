@@ -52,8 +52,21 @@ class ShardDone(Event):
 
 
 @dataclass(frozen=True)
+class ShardsKept(Event):
+    """Shards that an earlier run of the same job computed, and that need not be computed again.
+
+    Attributes:
+        shards: how many.
+        samples: how many samples they hold.
+    """
+
+    shards: int
+    samples: int
+
+
+@dataclass(frozen=True)
 class ShardRetried(Event):
-    """A shard was lost with its worker and will be computed again.
+    """A shard was lost with its worker, or raised, and will be computed again.
 
     Attributes:
         shard: which.
@@ -64,6 +77,52 @@ class ShardRetried(Event):
     shard: int
     attempt: int
     reason: str
+
+
+@dataclass(frozen=True)
+class ShardFailed(Event):
+    """A shard is given up.
+
+    Attributes:
+        shard: which.
+        start, stop: its samples, half open.
+        attempt: how often it was tried.
+        error: the error's text.
+    """
+
+    shard: int
+    start: int
+    stop: int
+    attempt: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Totals(Event):
+    """What events between the start and the next one came to, where these are too many to be kept.
+
+    Attributes:
+        samples_done, shards_done, retries, shards_failed: so far in all.
+    """
+
+    samples_done: int = 0
+    shards_done: int = 0
+    retries: int = 0
+    shards_failed: int = 0
+
+    def after(self, event: Event) -> Totals:
+        """The sum with one more event."""
+        samples, shards, retries, failed = self.samples_done, self.shards_done, self.retries, self.shards_failed
+        match event:
+            case ShardDone():
+                samples, shards = samples + event.samples, shards + 1
+            case ShardsKept():
+                samples, shards = samples + event.samples, shards + event.shards
+            case ShardRetried():
+                retries += 1
+            case ShardFailed():
+                failed += 1
+        return Totals(self.job, event.at, samples, shards, retries, failed)
 
 
 @dataclass(frozen=True)

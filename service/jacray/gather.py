@@ -20,6 +20,9 @@ class Gathering(Protocol):
     def add(self, result: ShardResult) -> None:
         """Take a shard, once."""
 
+    def skip(self, shard: Shard) -> None:
+        """Take note that a shard is given up: its samples are NaN in every array."""
+
     def finish(self) -> dict[str, Any]:
         """Every array by key.
 
@@ -116,6 +119,12 @@ class Gather:
             parts[shard.index] = result.blocks[key]
         for key, total in self.sums.items():
             total.add(shard.index, result.blocks[key])
+
+    def skip(self, shard: Shard) -> None:
+        """Take note that a shard is given up: its samples are NaN in every array."""
+        self.seen.add(shard.index)
+        for target in self.into(shard).values():
+            target.fill_(float("nan"))
 
     def finish(self) -> dict[str, Any]:
         """Every array by key.

@@ -9,10 +9,22 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from jacray_workers.errors import JobError
+from jacray_workers.errors import CancelledError, JobError
 from jacray_workers.plan import Plan
 
-from jacray.events import Event, JobCancelled, JobDone, JobFailed, JobStarted, Listener, ShardDone, ShardRetried
+from jacray.events import (
+    Event,
+    JobCancelled,
+    JobDone,
+    JobFailed,
+    JobStarted,
+    Listener,
+    ShardDone,
+    ShardFailed,
+    ShardRetried,
+    ShardsKept,
+)
+from jacray.log import EventLog
 from jacray.result import Result
 
 logger = logging.getLogger(__name__)
@@ -32,9 +44,11 @@ class JobStatus:
         state: `queued`, `running`, `done`, `failed` or `cancelled`; the last three are final.
         samples_done, samples: how many samples are computed, of how many.
         shards_done, shards: the same in shards.
-        retries: how many shards were lost with a worker and queued again.
+        retries: how many times a shard was lost with a worker, or raised, and was queued again.
         elapsed: seconds since the job was submitted, up to its end.
         error: the error's text where it failed, else empty.
+        shards_failed: how many shards were given up.
+        shards_kept: how many of the done were computed by an earlier run of the same job.
     """
 
     state: State
@@ -45,6 +59,8 @@ class JobStatus:
     retries: int
     elapsed: float
     error: str = ""
+    shards_failed: int = 0
+    shards_kept: int = 0
 
     @property
     def finished(self) -> bool:
@@ -66,7 +82,7 @@ class Job:
         self._cancel = cancel
         self._submitted = time.monotonic()
         self._news = threading.Condition()
-        self._log: list[Event] = []
+        self._log = EventLog(identity)
         self._listeners: list[Listener] = []
         self._status = JobStatus("queued", 0, plan.samples, 0, plan.shard_count, 0, 0.0)
         self._result: Result | None = None
@@ -88,7 +104,7 @@ class Job:
 
         Raises:
             JobTimeoutError: the job is not done yet; it goes on. Also a `TimeoutError`.
-            JobError: the job was cancelled.
+            CancelledError: the job was cancelled.
             Exception: what made the job fail.
         """
         if not self.wait(timeout):
@@ -124,14 +140,16 @@ class Job:
         return True
 
     def events(self) -> Iterator[Event]:
-        """Every event of the job, from its first on, until it has ended."""
+        """The events of the job, from its first on, until it has ended.
+
+        A reader that lags by thousands gets a `Totals` in place of those that are no longer kept.
+        """
         at = 0
         while True:
             with self._news:
                 self._news.wait_for(lambda at=at: len(self._log) > at or self._status.finished)  # type: ignore[misc]
-                fresh, finished = self._log[at:], self._status.finished
+                fresh, finished, at = self._log.since(at), self._status.finished, len(self._log)
             yield from fresh
-            at += len(fresh)
             if finished and not fresh:
                 return
 
@@ -141,7 +159,7 @@ class Job:
         A listener that raises is not called again; the job goes on.
         """
         with self._news:
-            for event in self._log:
+            for event in self._log.since(0):
                 listener(event)
             self._listeners.append(listener)
 
@@ -164,7 +182,7 @@ class Job:
         self._result, self._error = result, error
         if error is None:
             self.emit(JobDone(self.id, now))
-        elif isinstance(error, JobError):
+        elif isinstance(error, CancelledError):
             self.emit(JobCancelled(self.id, now))
         else:
             self.emit(JobFailed(self.id, now, f"{type(error).__name__}: {error}"))
@@ -179,20 +197,27 @@ class Job:
 
 def _after(status: JobStatus, event: Event, elapsed: float) -> JobStatus:
     """The status that an event leads to."""
+    changed: dict[str, Any] = {"elapsed": elapsed}
     match event:
         case JobStarted():
-            return replace(status, state="running", elapsed=elapsed)
+            changed["state"] = "running"
         case ShardDone():
-            return replace(
-                status, samples_done=status.samples_done + event.samples, shards_done=status.shards_done + 1,
-                elapsed=elapsed,
-            )  # fmt: skip
+            changed |= {
+                "samples_done": status.samples_done + event.samples, "shards_done": status.shards_done + 1
+            }  # fmt: skip
+        case ShardsKept():
+            changed |= {
+                "samples_done": status.samples_done + event.samples, "shards_done": status.shards_done + event.shards,
+                "shards_kept": event.shards,
+            }  # fmt: skip
+        case ShardFailed():
+            changed["shards_failed"] = status.shards_failed + 1
         case ShardRetried():
-            return replace(status, retries=status.retries + 1, elapsed=elapsed)
+            changed["retries"] = status.retries + 1
         case JobDone():
-            return replace(status, state="done", elapsed=elapsed)
+            changed["state"] = "done"
         case JobFailed():
-            return replace(status, state="failed", error=event.error, elapsed=elapsed)
+            changed |= {"state": "failed", "error": event.error}
         case JobCancelled():
-            return replace(status, state="cancelled", elapsed=elapsed)
-    return status
+            changed["state"] = "cancelled"
+    return replace(status, **changed)

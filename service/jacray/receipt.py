@@ -16,9 +16,11 @@ from jacray_workers.request import Request
 from jacray_workers.shard import NonFinite, ShardResult
 
 import jacray
-from jacray.executors.base import Retried
+from jacray.executors.base import Failed, Retried
 
 LIBRARIES = ("numpy", "ray")
+# A receipt is read whole; of more shards than this the journal tells.
+MOST = 2000
 
 
 @dataclass
@@ -30,8 +32,11 @@ class Ledger:
         job: the job's id; empty for a call in the caller's own process.
         started: when, in UTC.
         seconds: wall time by station.
-        shards: per shard its samples, worker, time, and what else it had to say.
-        retries: shards that were lost and computed again.
+        shards: per shard its samples, worker, time, and what else it had to say; of the first `MOST` shards.
+        shards_done: how many were done in all.
+        kept, kept_samples: how many of them an earlier run of the same job had computed, and their samples.
+        retries: shards that were lost and computed again; the first `MOST`.
+        skipped: shards that were given up, with their samples and errors.
     """
 
     executor: Mapping[str, Any]
@@ -39,26 +44,40 @@ class Ledger:
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     seconds: dict[str, float] = field(default_factory=dict)
     shards: list[dict[str, Any]] = field(default_factory=list)
+    shards_done: int = 0
+    kept: int = 0
+    kept_samples: int = 0
     retries: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, Any]] = field(default_factory=list)
     nonfinite: dict[str, NonFinite] = field(default_factory=dict)
 
-    def done(self, result: ShardResult, worker: str) -> None:
-        """Note a shard."""
+    def done(self, result: ShardResult, worker: str, *, kept: bool = False) -> None:
+        """Note a shard, perhaps one that an earlier run had computed."""
         shard = result.shard
-        self.shards.append(
-            {
-                "index": shard.index, "start": shard.start, "stop": shard.stop, "worker": worker,
-                "seconds": result.seconds, "chunk_size": result.chunk_size, **result.facts,
-            }
-        )  # fmt: skip
+        self.shards_done += 1
+        if kept:
+            self.kept, self.kept_samples = self.kept + 1, self.kept_samples + shard.stop - shard.start
+        if len(self.shards) < MOST:
+            self.shards.append(
+                {
+                    "index": shard.index, "start": shard.start, "stop": shard.stop, "worker": worker, "kept": kept,
+                    "seconds": result.seconds, "chunk_size": result.chunk_size, **result.facts,
+                }
+            )  # fmt: skip
         self.checks.extend(asdict(check) for check in result.checks)
         for bad in result.nonfinite:
             self.nonfinite[bad.key] = _merge(self.nonfinite.get(bad.key), bad)
 
     def retried(self, step: Retried) -> None:
         """Note a loss."""
-        self.retries.append({"index": step.shard.index, "attempt": step.attempt, "reason": step.reason})
+        if len(self.retries) < MOST:
+            self.retries.append({"index": step.shard.index, "attempt": step.attempt, "reason": step.reason})
+
+    def skip(self, step: Failed) -> None:
+        """Note a shard that is given up."""
+        shard, told = step.shard, f"{type(step.error).__name__}: {step.error}"
+        self.skipped.append({"index": shard.index, "start": shard.start, "stop": shard.stop, "error": told})
 
 
 def build(plan: Plan, request: Request, ledger: Ledger) -> dict[str, Any]:
@@ -78,7 +97,7 @@ def build(plan: Plan, request: Request, ledger: Ledger) -> dict[str, Any]:
         "plan": plan.to_dict(),
         "plan_digest": plan.digest,
         "seconds": ledger.seconds,
-        "samples_per_second": plan.samples / compute if compute else None,
+        "samples_per_second": (plan.samples - ledger.kept_samples) / compute if compute else None,
         "verified": {
             "checks": len(checks),
             "passed": all(check["passed"] for check in checks),
@@ -87,7 +106,10 @@ def build(plan: Plan, request: Request, ledger: Ledger) -> dict[str, Any]:
         },
         "nonfinite": [asdict(bad) for bad in ledger.nonfinite.values()],
         "shards": sorted(ledger.shards, key=lambda shard: shard["index"]),
+        "shards_done": ledger.shards_done,
+        "shards_kept": ledger.kept,
         "retries": ledger.retries,
+        "skipped": ledger.skipped,
     }
     return {key: plain(value) for key, value in receipt.items()}
 

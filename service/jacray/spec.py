@@ -32,8 +32,24 @@ class Cluster(Spec):
         default="local", description="inline (this process), local (a Ray for this run), auto or ray://HOST:PORT"
     )
     workers: Count = 2
-    cpus_per_worker: Count = Field(default=1, description="also each worker's number of torch threads")
-    gpus_per_worker: Annotated[float, Field(strict=True, ge=0, le=64, allow_inf_nan=False)] = 0
+    cpus_per_worker: Annotated[float, Field(strict=True, gt=0, le=4096, allow_inf_nan=False)] = Field(
+        default=1, description="rounded down, and at least 1, also each worker's number of torch threads"
+    )
+    gpus_per_worker: Annotated[float, Field(strict=True, ge=0, le=64, allow_inf_nan=False)] = Field(
+        default=0, description="0.5 lets two workers share one"
+    )
+    resources: dict[str, Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]] = Field(
+        default={}, description="what else of a Ray cluster each worker takes, by name"
+    )
+    shard_timeout: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="seconds a worker may take over a shard before it is replaced; null for any number"
+    )
+    shard_size: Annotated[int, Field(strict=True, ge=1)] | None = Field(
+        default=None, description="samples per shard; null leaves it to the plan"
+    )
+    on_error: Literal["fail", "skip"] = Field(
+        default="fail", description="skip finishes the job without the samples that always fail, and lists them"
+    )
 
     @field_validator("address")
     @classmethod

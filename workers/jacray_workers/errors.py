@@ -11,7 +11,9 @@
     │   ├── NonFiniteError         NaN or infinity, where the request forbids them
     │   ├── SpecError              a spec file or an override breaks a rule
     │   ├── StorageError           results cannot be written or read: a full disk, a lost share, a damaged block
-    │   └── JobError               a job was cancelled, timed out, or is unknown
+    │   └── JobError               a job timed out, or is unknown
+    │       ├── BusyError              too much work is queued already
+    │       └── CancelledError         the job was cancelled
     └── FaultError                 something only we can mend: exit code 2
         ├── VerificationError      a result disagrees with an independent computation
         └── ShardError             a worker failed for a reason that is not the user's
@@ -93,6 +95,14 @@ class StorageError(UserError):
 
 class JobError(UserError):
     """A job was cancelled, timed out, or is unknown."""
+
+
+class BusyError(JobError):
+    """Too much work is queued already."""
+
+
+class CancelledError(JobError):
+    """The job was cancelled."""
 
 
 class FaultError(JacrayError):

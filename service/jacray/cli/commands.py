@@ -58,9 +58,12 @@ def compute(run: Run, work: Work) -> Result:
             workers=cluster.workers,
             cpus_per_worker=cluster.cpus_per_worker,
             gpus_per_worker=cluster.gpus_per_worker,
+            resources=cluster.resources,
+            shard_timeout=cluster.shard_timeout,
+            shard_size=cluster.shard_size,
         )
         with client:
-            job = client.submit(work.model, work.loaded.inputs, request=work.request)
+            job = client.submit(work.model, work.loaded.inputs, request=work.request, on_error=cluster.on_error)
             _check_room(run, job.plan.bytes_out)
             with progress(job):
                 return job.result()

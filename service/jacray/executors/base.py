@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jacray_workers.errors import JobError, ModelError
+from jacray_workers.errors import CancelledError, ModelError
 from jacray_workers.plan import Plan, Shard
 from jacray_workers.problem.problem import as_module
 from jacray_workers.request import Request
@@ -38,11 +38,12 @@ class Done:
 
     result: ShardResult
     worker: str
+    attempt: int = 1
 
 
 @dataclass(frozen=True)
 class Retried:
-    """A shard that was lost with its worker and has been queued again.
+    """A shard that was lost with its worker, or failed, and has been queued again.
 
     Attributes:
         shard: which.
@@ -55,7 +56,24 @@ class Retried:
     reason: str
 
 
-Step = Begun | Done | Retried
+@dataclass(frozen=True)
+class Failed:
+    """A shard that is given up.
+
+    Attributes:
+        shard: which.
+        error: why. Its cause is the worker's traceback where there is one.
+        attempt: how often it was tried.
+        worker: which worker tried it last.
+    """
+
+    shard: Shard
+    error: Exception
+    attempt: int
+    worker: str
+
+
+Step = Begun | Done | Retried | Failed
 
 
 @dataclass(frozen=True)
@@ -105,13 +123,23 @@ class Task:
         id: the job's id.
         plan: how it is computed.
         held: the executor's own handle on the work, a snapshot.
+        user: whose job it is; workers are shared fairly among users, then among a user's jobs.
+        timeout: how many seconds a worker may take over one shard; None for any number.
+        kept: indices of shards that were computed before.
         cancelled: set when the job is to end.
     """
 
     id: str
     plan: Plan
     held: Any
+    user: str = ""
+    timeout: float | None = None
+    kept: Container[int] = ()
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def shards(self) -> Iterator[Shard]:
+        """The shards that are left to compute, in order."""
+        return (shard for shard in self.plan.shards() if shard.index not in self.kept)
 
 
 class Executor(Protocol):
@@ -141,13 +169,17 @@ class Executor(Protocol):
         """
 
     def run(self, task: Task, into: Into) -> Iterator[Step]:
-        """Compute every shard of the task's plan and give each as it is done, in any order.
+        """Compute the task's shards and give each as it is done or given up, in any order.
+
+        Closing the iterator ends what is still running.
 
         Raises:
-            JobError: the task was cancelled.
-            ShardError: a shard was lost with its worker too often, or there is no worker.
-            Exception: what the model or the engine raised.
+            CancelledError: the task was cancelled.
+            ShardError: there is no worker, and none will come.
         """
+
+    def scale(self, workers: int) -> None:
+        """Go on with another number of workers; those that are let go finish what they have."""
 
     def cancel(self, task: Task) -> None:
         """Make `run` of this task end soon, without touching other tasks."""
@@ -159,9 +191,9 @@ class Executor(Protocol):
         """Give back everything that was taken. Later calls do nothing."""
 
 
-def was_cancelled(task: Task) -> JobError:
+def was_cancelled(task: Task) -> CancelledError:
     """The error that ends a cancelled job."""
-    return JobError("job", "was cancelled", None, f"submit it again to compute it (it was job {task.id})")
+    return CancelledError("job", "was cancelled", None, f"submit it again to compute it (it was job {task.id})")
 
 
 def samples_of(shard: Shard) -> str:

@@ -1,200 +1,273 @@
 """Hand shards to workers: a bounded number in flight, whoever is free gets the next, what is lost is done again.
 
-Knows workers only through `Pool`, so that the logic can be tried without processes.
+All jobs of a pool share one `Dispatch`. There is no thread of its own: of the threads that wait for their job's next
+step, one leads, which is to say it waits for workers on behalf of all of them.
 """
 
 from __future__ import annotations
 
 import collections
+import errno
+import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
-from jacray_workers.errors import JacrayError, ShardError
-from jacray_workers.plan import Shard
+from jacray_workers.errors import JacrayError, Plain, ShardError, StorageError
 
-from jacray.executors.base import Begun, Done, Retried, Step, Task, samples_of, was_cancelled
+from jacray.executors.base import Begun, Done, Failed, Retried, Step, Task, samples_of, was_cancelled
+from jacray.executors.lane import Lane, Shares, Try
+from jacray.executors.pool import Pool, Seat, WorkerLostError
 from jacray.executors.worker import Reply, WorkerTraceback
 
-# Two keep a worker busy while its last reply travels; more would only take shards away from faster workers.
+# In flight per worker, over all jobs. Two keep a worker busy while its last reply travels; more would only take shards
+# away from faster workers.
 DEPTH = 2
 # A shard that took this many workers with it is at fault itself.
 ATTEMPTS = 4
+# A shard that raised this often, on different workers where there are several, is given up.
+RAISES = 2
 # A kernel that has not come to its next chunk this many seconds after a cancel loses its worker.
 GRACE = 1.0
-# How long to look for news before looking whether the job was cancelled.
-TICK = 0.25
+# How long to look for news before looking whether a job was cancelled or joined.
+TICK = 0.1
+# How many of a job's steps may wait for its thread, for each worker: they hold results.
+UNREAD = 2
+# What the operating system says when it is the storage that fails, not the model.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
-class Seat:
-    """One worker at one time: a worker that is replaced keeps its place and gets a new generation.
-
-    Attributes:
-        place: which of the pool's workers.
-        generation: how often it was replaced.
-    """
-
-    place: int
-    generation: int
-
-    def __str__(self) -> str:
-        return f"worker {self.place}" if self.generation == 0 else f"worker {self.place}.{self.generation}"
-
-
-class WorkerLostError(Exception):
-    """The worker went away before it answered.
-
-    Attributes:
-        blame: whether the shard may have caused it; False for a worker that was ended on purpose.
-    """
-
-    def __init__(self, reason: str, *, blame: bool = True) -> None:
-        super().__init__(reason)
-        self.blame = blame
-
-
-class Pool(Protocol):
-    """Workers, as the dispatcher sees them."""
-
-    def seats(self) -> Sequence[Seat]:
-        """The workers that can compute now.
-
-        Raises:
-            ShardError: there is none, and none will come.
-        """
-
-    def submit(self, seat: Seat, task: Task, shard: Shard) -> Hashable:
-        """Queue a shard at a worker; returns a ticket."""
-
-    def wait(self, tickets: Sequence[Hashable], seconds: float) -> Sequence[Hashable]:
-        """The tickets among these that are answered, as soon as one is or a worker joins, or after `seconds`."""
-
-    def fetch(self, ticket: Hashable) -> Reply:
-        """An answered ticket's reply.
-
-        Raises:
-            WorkerLostError: there is none.
-        """
-
-    def cancel(self, task: Task) -> None:
-        """Ask every worker to end this task at its next chunk."""
-
-    def replace(self, seat: Seat, *, blame: bool) -> None:
-        """End this worker if it still lives, and start another in its place; once per generation."""
-
-
-@dataclass
 class _Flight:
-    shard: Shard
+    lane: Lane
     seat: Seat
-    attempt: int
+    item: Try
     number: int
+    charged: float
 
 
 class Dispatch:
-    """The shards of one task on their way through a pool."""
+    """The jobs of a pool on their way through its workers."""
 
-    def __init__(self, pool: Pool, task: Task) -> None:
+    def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.task = task
-        self.fresh = task.plan.shards()
-        self.again: collections.deque[tuple[Shard, int]] = collections.deque()
+        self.lanes: list[Lane] = []
         self.flights: dict[Hashable, _Flight] = {}
         self.load: collections.Counter[Seat] = collections.Counter()
+        # The shard that each worker is at, and since when.
+        self.heads: dict[Seat, tuple[Hashable, float]] = {}
         self.suspects: dict[Seat, int] = {}
         self.sent = 0
-        self.begun = False
+        self._shares = Shares()
+        self._lock = threading.Lock()
+        self._leader: Lane | None = None
 
-    def steps(self) -> Iterator[Step]:
-        """The beginning, each shard as it is done, and each loss.
+    def steps(self, task: Task) -> Iterator[Step]:
+        """The beginning, each shard as it is done or given up, and each loss.
+
+        Closing the iterator ends what is in flight.
 
         Raises:
-            JobError: the task was cancelled.
-            ShardError: a shard was lost too often, or there is no worker.
-            Exception: what a shard raised; the shards still in flight are ended first.
+            CancelledError: the task was cancelled.
+            ShardError: there is no worker, and none will come.
         """
+        lane = self._join(task)
         try:
-            while self._fill() or self.flights:
-                if self.task.cancelled.is_set():
-                    raise was_cancelled(self.task)
-                if self.sent and not self.begun:
-                    self.begun = True
-                    yield Begun()
-                for ticket in self.pool.wait(list(self.flights), TICK):
-                    yield self._land(ticket)
+            while (step := self._next(lane)) is not None:
+                yield step
         finally:
-            self._drain()
+            self._leave(lane)
 
-    def _fill(self) -> bool:
-        """Give every free worker its next shards, evenly; returns whether some shard is still waiting."""
-        seats = sorted(self.pool.seats(), key=lambda seat: self.load[seat])
-        for depth in range(1, DEPTH + 1):
-            for seat in seats:
-                if self.load[seat] < depth and self._waiting():
-                    self._send(seat, *self.again.popleft())
-        return self._waiting()
+    def _join(self, task: Task) -> Lane:
+        lane = Lane(task, self._lock)
+        with self._lock:
+            self._shares.join(lane, self.lanes)
+            self.lanes.append(lane)
+        return lane
 
-    def _waiting(self) -> bool:
-        if not self.again and (shard := next(self.fresh, None)) is not None:
-            self.again.append((shard, 1))
-        return bool(self.again)
+    def _next(self, lane: Lane) -> Step | None:
+        with self._lock:
+            try:
+                while True:
+                    if lane.task.cancelled.is_set():
+                        raise was_cancelled(lane.task)
+                    if lane.steps:
+                        return _or_raise(lane.steps.popleft())
+                    if not lane.waiting and not lane.flights:
+                        return None
+                    self._wait(lane, TICK)
+            finally:
+                self._pass_on(lane)
 
-    def _send(self, seat: Seat, shard: Shard, attempt: int) -> None:
-        ticket = self.pool.submit(seat, self.task, shard)
-        self.sent += 1
-        self.flights[ticket] = _Flight(shard, seat, attempt, self.sent)
-        self.load[seat] += 1
-
-    def _land(self, ticket: Hashable) -> Step:
-        flight = self._release(ticket)
-        try:
-            reply = self.pool.fetch(ticket)
-        except WorkerLostError as lost:
-            return self._retry(flight, lost)
-        if reply.result is not None:
-            return Done(reply.result, str(flight.seat))
-        raise self._error(reply, flight)
-
-    def _release(self, ticket: Hashable) -> _Flight:
-        flight = self.flights.pop(ticket)
-        self.load[flight.seat] -= 1
-        if not self.load[flight.seat]:
-            del self.load[flight.seat]
-        return flight
-
-    def _retry(self, flight: _Flight, lost: WorkerLostError) -> Retried:
-        # Workers take shards in order, so only the oldest of those that went with a worker can be the cause.
-        there = [f.number for f in self.flights.values() if f.seat == flight.seat]
-        blame = lost.blame and flight.number == self.suspects.setdefault(flight.seat, min([flight.number, *there]))
-        self.pool.replace(flight.seat, blame=lost.blame)
-        if blame and flight.attempt >= ATTEMPTS:
-            raise ShardError(
-                f"{samples_of(flight.shard)} could not be computed: "
-                f"{flight.attempt} workers were lost over them ({lost})"
-            )
-        self.again.append((flight.shard, flight.attempt + blame))
-        return Retried(flight.shard, flight.attempt, str(lost))
-
-    def _error(self, reply: Reply, flight: _Flight) -> Exception:
-        if self.task.cancelled.is_set():
-            return was_cancelled(self.task)
-        error = reply.error or ShardError(f"{flight.seat} gave an empty reply")
-        error.__cause__ = WorkerTraceback(reply.trace)
-        if not isinstance(error, JacrayError):
-            error.add_note(f"while computing {samples_of(flight.shard)}")
-        return error
-
-    def _drain(self) -> None:
-        """Leave no shard of this task running: asked to stop first, and after a grace its worker is replaced."""
-        if not self.flights:
+    def _wait(self, lane: Lane, seconds: float) -> None:
+        """Lead for a turn, or wait for what the leader brings."""
+        if self._leader in (None, lane):
+            self._leader = lane
+            self._turn(seconds)
             return
-        self.pool.cancel(self.task)
-        deadline = time.monotonic() + GRACE
-        while self.flights and (left := deadline - time.monotonic()) > 0:
-            for ticket in self.pool.wait(list(self.flights), left):
+        lane.idle = True
+        lane.news.wait(seconds)
+        lane.idle = False
+
+    def _pass_on(self, lane: Lane) -> None:
+        """Who leaves the lead wakes another to take it."""
+        if self._leader is lane:
+            self._leader = None
+            for other in self.lanes:
+                if other.idle:
+                    other.news.notify()
+                    break
+
+    def _turn(self, seconds: float) -> None:
+        """Hand out, wait, take in. Holds the lock but while it waits."""
+        try:
+            self._fill()
+            self._overdue(time.monotonic())
+            tickets = list(self.flights)
+            self._lock.release()
+            try:
+                answers = [(ticket, self._fetch(ticket)) for ticket in self.pool.wait(tickets, seconds)]
+            finally:
+                self._lock.acquire()
+        except Exception as error:  # noqa: BLE001  (it concerns every job, and each is told)
+            for lane in self.lanes:
+                lane.tell(error)
+            return
+        for ticket, answer in answers:
+            self._land(ticket, answer)
+
+    def _fill(self) -> None:
+        """Give every free worker its next shards, evenly."""
+        seats = self.pool.seats()
+        for depth in range(1, DEPTH + 1):
+            for seat in sorted(seats, key=lambda seat: self.load[seat]):
+                if self.load[seat] < depth:
+                    self._give(seat, len(seats))
+
+    def _give(self, seat: Seat, seats: int) -> None:
+        for lane in self._shares.order(self.lanes):
+            if lane.open and len(lane.steps) < UNREAD * seats:
+                item = lane.take(seat.place, alone=seats == 1)
+                if item is not None:
+                    self._send(lane, seat, item)
+                    return
+
+    def _send(self, lane: Lane, seat: Seat, item: Try) -> None:
+        ticket = self.pool.submit(seat, lane.task, item.shard, item.halvings)
+        self.sent += 1
+        charged = lane.expected
+        self._shares.charge(lane, charged)
+        self.flights[ticket] = _Flight(lane, seat, item, self.sent, charged)
+        self.load[seat] += 1
+        lane.flights += 1
+        self.heads.setdefault(seat, (ticket, time.monotonic()))
+        if not lane.begun:
+            lane.begun = True
+            lane.tell(Begun())
+
+    def _overdue(self, now: float) -> None:
+        """A shard that takes too long is lost, and its worker with it."""
+        for ticket, since in list(self.heads.values()):
+            limit = self.flights[ticket].lane.task.timeout
+            if limit is not None and now - since > limit:
+                self._land(ticket, WorkerLostError(f"no answer within {limit:g} s"))
+
+    def _fetch(self, ticket: Hashable) -> Reply | WorkerLostError:
+        try:
+            return self.pool.fetch(ticket)
+        except WorkerLostError as lost:
+            return lost
+
+    def _land(self, ticket: Hashable, answer: Reply | WorkerLostError) -> None:
+        flight = self.flights.get(ticket)
+        if flight is None:  # its job has left
+            return
+        step = self._lost(flight, answer) if isinstance(answer, WorkerLostError) else self._answered(flight, answer)
+        self._release(ticket)
+        if not flight.lane.closing:
+            flight.lane.tell(step)
+
+    def _release(self, ticket: Hashable) -> None:
+        """Take a shard off its worker's books."""
+        flight, now = self.flights.pop(ticket), time.monotonic()
+        seat, lane = flight.seat, flight.lane
+        self.load[seat] -= 1
+        lane.flights -= 1
+        head, since = self.heads[seat]
+        took = now - since if head == ticket else flight.charged
+        lane.learn(took)
+        self._shares.charge(lane, took - flight.charged)
+        if not self.load[seat]:
+            del self.load[seat], self.heads[seat]
+            self.suspects.pop(seat, None)
+        elif head == ticket:
+            there = {f.number: t for t, f in self.flights.items() if f.seat == seat}
+            self.heads[seat] = (there[min(there)], now)
+
+    def _lost(self, flight: _Flight, lost: WorkerLostError) -> Step:
+        # Workers take shards in order, so only the oldest of those that went with a worker can be the cause.
+        item, oldest = flight.item, min(f.number for f in self.flights.values() if f.seat == flight.seat)
+        blame = lost.blame and flight.number == self.suspects.setdefault(flight.seat, oldest)
+        self.pool.replace(flight.seat, blame=lost.blame)
+        if blame and item.attempt >= ATTEMPTS:
+            error = ShardError(
+                f"{samples_of(item.shard)} could not be computed: {item.attempt} workers were lost over them ({lost})"
+            )
+            return Failed(item.shard, error, item.attempt, str(flight.seat))
+        avoid, halvings = (flight.seat.place, item.halvings + lost.memory) if blame else (item.avoid, item.halvings)
+        flight.lane.again.append(Try(item.shard, item.attempt + blame, avoid, halvings))
+        return Retried(item.shard, item.attempt, str(lost))
+
+    def _answered(self, flight: _Flight, reply: Reply) -> Step:
+        item = flight.item
+        if reply.result is not None:
+            return Done(reply.result, str(flight.seat), item.attempt)
+        error = _error(reply, flight)
+        if isinstance(error, JacrayError) or item.attempt >= RAISES:
+            return Failed(item.shard, error, item.attempt, str(flight.seat))
+        flight.lane.again.append(Try(item.shard, item.attempt + 1, flight.seat.place, item.halvings))
+        return Retried(item.shard, item.attempt, f"{type(error).__name__}: {error}")
+
+    def _leave(self, lane: Lane) -> None:
+        """Leave no shard of this job running: asked to stop first, and after a grace its worker is replaced."""
+        with self._lock:
+            lane.closing = True
+            lane.steps.clear()
+            if lane.flights:
+                self.pool.cancel(lane.task)
+            deadline = time.monotonic() + GRACE
+            # What is told to a lane that closes can only be that the pool is no more.
+            while lane.flights and not lane.steps and (left := deadline - time.monotonic()) > 0:
+                self._wait(lane, min(left, TICK))
+            mine = [(ticket, flight.seat) for ticket, flight in self.flights.items() if flight.lane is lane]
+            for ticket, _ in mine:
                 self._release(ticket)
-        for seat in {flight.seat for flight in self.flights.values()}:
-            self.pool.replace(seat, blame=False)
-        self.flights.clear()
+            for seat in {seat for _, seat in mine}:
+                self.pool.replace(seat, blame=False)
+            self.lanes.remove(lane)
+            self._shares.leave(lane, self.lanes)
+            self._pass_on(lane)
+
+
+def _or_raise(step: Step | Exception) -> Step:
+    if isinstance(step, Exception):
+        raise step
+    return step
+
+
+def _error(reply: Reply, flight: _Flight) -> Exception:
+    error = reply.error or ShardError(f"{flight.seat} gave an empty reply")
+    if isinstance(error, OSError) and error.errno in _STORAGE:
+        error = storage_error(error)
+    error.__cause__ = WorkerTraceback(reply.trace)
+    if not isinstance(error, JacrayError):
+        error.add_note(f"while computing {samples_of(flight.item.shard)}")
+    return error
+
+
+def storage_error(error: Exception, where: str = "") -> StorageError:
+    """What the storage said, as an error that tells how to go on."""
+    place = where or str(getattr(error, "filename", None) or "") or None
+    said = getattr(error, "strerror", None) or str(error)
+    way_out = "mend that, then start the same job again: it goes on with what is left"
+    return StorageError("output.path", f"could not be written: {said}", place and Plain(place), way_out)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from jacray_workers.engine import prepare, run_shard
 from jacray_workers.errors import JacrayError
 from jacray_workers.plan import Shard
-from jacray_workers.shard import ShardResult
 
-from jacray.executors.base import Begun, Done, Into, Payload, Step, Task, samples_of, was_cancelled
+from jacray.executors.base import Begun, Done, Failed, Into, Payload, Step, Task, samples_of, was_cancelled
+from jacray.executors.options import WorkerOptions
 from jacray.executors.threads import torch_threads
 from jacray.transport import unpack
 
@@ -22,16 +22,16 @@ class InlineExecutor:
     threads: where these draw too while a job runs, a local Ray keeps the two apart.
 
     Args:
-        workers: what a plan reckons with, so that the same job has the same plan on as many Ray workers.
-        threads: torch threads while a shard is computed.
+        options: its `workers` are what a plan reckons with, so that the same job has the same plan on as many Ray
+            workers; its CPUs are the torch threads while a shard is computed.
     """
 
     name = "inline"
     device = "auto"
 
-    def __init__(self, workers: int, threads: int) -> None:
-        self.workers = workers
-        self.threads = threads
+    def __init__(self, options: WorkerOptions) -> None:
+        self.workers = options.workers
+        self.threads = options.threads
         self._turn = threading.Lock()
 
     def begin(self) -> None:
@@ -47,8 +47,12 @@ class InlineExecutor:
     def run(self, task: Task, into: Into) -> Iterator[Step]:
         """Compute the shards in order."""
         yield Begun()
-        for shard in task.plan.shards():
-            yield Done(self._compute(task, shard, into), self.name)
+        for shard in task.shards():
+            yield self._compute(task, shard, into)
+
+    def scale(self, workers: int) -> None:
+        """Reckon with another number of workers in the plans to come."""
+        self.workers = workers
 
     def cancel(self, task: Task) -> None:
         """End the task at the next chunk."""
@@ -61,15 +65,15 @@ class InlineExecutor:
     def close(self) -> None:
         """Nothing to do."""
 
-    def _compute(self, task: Task, shard: Shard, into: Into) -> ShardResult:
+    def _compute(self, task: Task, shard: Shard, into: Into) -> Step:
         with self._turn, torch_threads(self.threads):
             if task.cancelled.is_set():
                 raise was_cancelled(task)
             try:
-                return run_shard(task.held, shard, cancelled=task.cancelled.is_set, into=into(shard))
-            except Exception as error:
+                return Done(run_shard(task.held, shard, cancelled=task.cancelled.is_set, into=into(shard)), self.name)
+            except Exception as error:  # noqa: BLE001  (what the job does about it is for its driver to say)
                 if task.cancelled.is_set():
                     raise was_cancelled(task) from None
                 if not isinstance(error, JacrayError):
                     error.add_note(f"while computing {samples_of(shard)}")
-                raise
+                return Failed(shard, error, 1, self.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -17,8 +18,10 @@ from jacray_workers.plan import Shard
 from ray import exceptions as rx
 
 from jacray.executors.base import Into, Payload, Step, Task
-from jacray.executors.dispatch import Dispatch, Seat, WorkerLostError
+from jacray.executors.dispatch import Dispatch
 from jacray.executors.keeper import Keeper
+from jacray.executors.options import WorkerOptions
+from jacray.executors.pool import Seat, WorkerLostError
 from jacray.executors.surroundings import environment, knock, same_versions, worker_environment
 from jacray.executors.worker import Reply, Worker
 from jacray.transport import unpack
@@ -34,23 +37,19 @@ _LOST = (rx.RayActorError, rx.WorkerCrashedError, rx.ObjectLostError, rx.NodeDie
 
 
 class RayExecutor:
-    """Computes on actors of a Ray cluster, or of a Ray started for this process.
-
-    Args:
-        address: `local`, `auto` or `ray://host:port`.
-        workers: how many actors.
-        cpus, gpus: what each is given; fractions are allowed.
-    """
+    """Computes on actors of a Ray cluster, or of a Ray started for this process."""
 
     name = "ray"
 
-    def __init__(self, address: str, workers: int, cpus: float, gpus: float) -> None:
-        self.address, self.workers, self.cpus, self.gpus = address, workers, cpus, gpus
-        self.threads = max(1, int(cpus))
-        self.device = "auto" if gpus else "cpu"
+    def __init__(self, options: WorkerOptions) -> None:
+        self.options = options
+        self.workers = options.workers
+        self.threads = options.threads
+        self.device = "auto" if options.gpus else "cpu"
         self._lock = threading.Lock()
         self._lease: _Lease | None = None
         self._pool: _Pool | None = None
+        self._dispatch: Dispatch | None = None
         self._closed = False
 
     def begin(self) -> None:
@@ -71,7 +70,17 @@ class RayExecutor:
     def run(self, task: Task, into: Into) -> Iterator[Step]:
         """Compute the shards on whichever workers are free."""
         del into  # workers share no memory with the caller
-        return Dispatch(self._running(), task).steps()
+        if self._dispatch is None:
+            raise ShardError("the client was closed while its job ran")
+        return self._dispatch.steps(task)
+
+    def scale(self, workers: int) -> None:
+        """Ask for more workers, or let some go; while jobs run, too."""
+        with self._lock:
+            if self._pool is not None:
+                self._check_gpus(workers)
+                self._pool.scale(workers)
+            self.workers = workers
 
     def cancel(self, task: Task) -> None:
         """Ask the workers to end the task; one that does not within a second is replaced."""
@@ -89,7 +98,7 @@ class RayExecutor:
         """End the workers; shut Ray down if it was started for this process and nobody else uses it."""
         with self._lock:
             self._closed = True
-            pool, self._pool = self._pool, None
+            pool, self._pool, self._dispatch = self._pool, None, None
             lease, self._lease = self._lease, None
         if pool is not None:
             pool.close()
@@ -102,28 +111,43 @@ class RayExecutor:
             if self._closed:
                 raise ShardError("the client is closed")
             if self._lease is None:
-                self._lease = _Lease.take(self.address, self.workers)
+                self._lease = _Lease.take(self.options.address, self.workers)
             self._lease.wait()
             if self._pool is None:
-                self._pool = _Pool(self.workers, self._options(owned=self._lease.owned), self.threads)
+                self._check_gpus(self.workers)
+                self._pool = _Pool(self.workers, self._asked(), self.threads)
+                self._dispatch = Dispatch(self._pool)
 
-    def _running(self) -> _Pool:
-        if self._pool is None:
-            raise ShardError("the client was closed while its job ran")
-        return self._pool
+    @property
+    def _owned(self) -> bool:
+        return self._lease is not None and self._lease.owned
 
-    def _options(self, *, owned: bool) -> dict[str, Any]:
+    def _asked(self) -> dict[str, Any]:
         """How an actor is asked for. A Ray of our own counts no CPUs, so that any number of clients can share it."""
-        options: dict[str, Any] = {"num_cpus": 0 if owned else self.cpus, "num_gpus": self.gpus, "max_restarts": 0}
-        if not owned:
-            options["runtime_env"] = {"env_vars": worker_environment()}
-        have = _resources().get("GPU", 0.0)
-        if owned and self.gpus * self.workers > have:
+        asked: dict[str, Any] = {
+            "num_cpus": 0 if self._owned else self.options.cpus, "num_gpus": self.options.gpus,
+            "resources": dict(self.options.resources), "max_restarts": 0,
+        }  # fmt: skip
+        if not self._owned:
+            asked["runtime_env"] = {"env_vars": worker_environment()}
+        return asked
+
+    def _check_gpus(self, workers: int) -> None:
+        """A Ray of our own grows no more GPUs and has no resources but what a machine has; a cluster may yet."""
+        if not self._owned:
+            return
+        have, gpus = _resources(), self.options.gpus
+        if gpus * workers > have.get("GPU", 0.0):
             raise RequestError(
-                "gpus_per_worker", f"{self.workers} workers with {self.gpus:g} each need more GPUs than there are",
-                have, "ask for fewer, or 0",
+                "gpus_per_worker", f"{workers} workers with {gpus:g} each need more GPUs than there are",
+                have.get("GPU", 0.0), "ask for fewer, or 0",
             )  # fmt: skip
-        return options
+        for name, amount in self.options.resources.items():
+            if amount * workers > have.get(name, 0.0):
+                raise RequestError(
+                    f"resources.{name}", f"{workers} workers with {amount:g} each need more than there is",
+                    have.get(name, 0.0), "a Ray of one's own has none; start a cluster with it and use address='auto'",
+                )  # fmt: skip
 
 
 @dataclass
@@ -137,6 +161,8 @@ class _Slot:
     ready: bool = False
     false_starts: int = 0
     opened: set[str] = field(default_factory=set)
+    tickets: set[Any] = field(default_factory=set)
+    leaving: bool = False
 
     @property
     def seat(self) -> Seat:
@@ -147,46 +173,69 @@ class _Pool:
     """The actors of one client.
 
     A dead actor is replaced here and not by Ray: Ray's own restarts would run cancelled shards again, hide retries,
-    and keep work waiting for one actor while another is free.
+    and keep work waiting for one actor while another is free. An actor that the cluster has no room for yet is asked
+    for all the same, and joins when a node does.
     """
 
-    def __init__(self, workers: int, options: dict[str, Any], threads: int) -> None:
-        self._options, self._threads = options, threads
+    def __init__(self, workers: int, asked: dict[str, Any], threads: int) -> None:
+        self._asked, self._threads = asked, threads
         # The second group is a thread of its own, so that a cancel is heard while a shard is computed.
         self._class = cast("Any", ray.remote)(concurrency_groups={"control": 1})(Worker)
         self._lock = threading.RLock()
-        self._born = time.monotonic()
+        self._empty_since = time.monotonic()
         self._last_words = ""
-        self._slots = [_Slot(place, *self._hire()) for place in range(workers)]
+        self._slots: dict[int, _Slot] = {}
+        self._homes: dict[Hashable, _Slot] = {}
+        self._places = itertools.count()
+        self.scale(workers)
+
+    def scale(self, workers: int) -> None:
+        """Hire, or let the last ones go once they have done what they have."""
+        with self._lock:
+            staying = [slot for slot in self._slots.values() if not slot.leaving]
+            for _ in range(workers - len(staying)):
+                place = next(self._places)
+                self._slots[place] = _Slot(place, *self._hire())
+            for slot in staying[workers:]:
+                slot.leaving = True
+                self._let_go(slot)
 
     def seats(self) -> Sequence[Seat]:
         """The workers that have answered."""
         if not ray.is_initialized():
             raise ShardError("Ray was shut down while a job ran")
-        found = [slot.seat for slot in self._slots if slot.ready]
-        if not found and all(slot.false_starts >= FALSE_STARTS for slot in self._slots):
+        with self._lock:
+            staying = [slot for slot in self._slots.values() if not slot.leaving]
+            found = [slot.seat for slot in staying if slot.ready]
+        now = time.monotonic()
+        if found:
+            self._empty_since = now
+        elif all(slot.false_starts >= FALSE_STARTS for slot in staying):
             raise ShardError(f"no worker could be started; the last one said: {self._last_words}")
-        if not found and time.monotonic() - self._born > START_SECONDS:
+        elif now - self._empty_since > START_SECONDS:
             raise ShardError(
-                f"no worker could be started in {START_SECONDS:.0f} s: {len(self._slots)} were asked for with "
-                f"{self._options['num_cpus']:g} CPUs and {self._options['num_gpus']:g} GPUs each; "
-                f"the cluster has {_resources()}"
+                f"no worker could be started in {START_SECONDS:.0f} s: {len(staying)} were asked for with "
+                f"{self._asked['num_cpus']:g} CPUs, {self._asked['num_gpus']:g} GPUs and "
+                f"{self._asked['resources'] or 'nothing'} else each; the cluster has {_resources()}"
             )
         return found
 
-    def submit(self, seat: Seat, task: Task, shard: Shard) -> Hashable:
+    def submit(self, seat: Seat, task: Task, shard: Shard, halvings: int) -> Hashable:
         """Queue a shard; the task's data go ahead of its first one."""
         with self._lock:
             slot = self._slots[seat.place]
             if task.id not in slot.opened:
                 slot.actor.open.remote(task.id, task.held)
                 slot.opened.add(task.id)
-            return cast("Hashable", slot.actor.compute.remote(task.id, shard))
+            ticket = slot.actor.compute.remote(task.id, shard, halvings)
+            slot.tickets.add(ticket)
+            self._homes[ticket] = slot
+            return cast("Hashable", ticket)
 
     def wait(self, tickets: Sequence[Hashable], seconds: float) -> Sequence[Hashable]:
         """Wait for a reply, or for a worker's first word."""
         with self._lock:
-            greetings = {slot.greeting: slot for slot in self._slots if not slot.ready and self._hopeful(slot)}
+            greetings = {slot.greeting: slot for slot in self._slots.values() if not slot.ready and self._hopeful(slot)}
         refs = [*tickets, *greetings]
         if not refs:
             time.sleep(seconds)
@@ -204,7 +253,10 @@ class _Pool:
         except _LOST as error:
             killed = "ray.kill" in str(error)
             reason = "the worker was ended" if killed else f"the worker died ({type(error).__name__})"
-            raise WorkerLostError(reason, blame=not killed) from None
+            memory = isinstance(error, rx.OutOfMemoryError)
+            raise WorkerLostError(reason, blame=not killed, memory=memory) from None
+        finally:
+            self._answered(ticket)
 
     def cancel(self, task: Task) -> None:
         """Tell every worker that has the task."""
@@ -214,38 +266,61 @@ class _Pool:
         """Tell every worker that had the task."""
         self._tell(task, "drop")
         with self._lock:
-            for slot in self._slots:
+            for slot in self._slots.values():
                 slot.opened.discard(task.id)
 
     def replace(self, seat: Seat, *, blame: bool) -> None:
-        """Put a new actor in this seat, unless another job's thread already has."""
+        """Put a new actor in this seat, unless that was done before or the seat is given up."""
         with self._lock:
-            slot = self._slots[seat.place]
-            if slot.seat != seat:
+            slot = self._slots.get(seat.place)
+            if slot is None or slot.seat != seat:
                 return
             if blame:
                 logger.info("%s died and is replaced", seat)
-            self._rehire(slot)
+            if slot.leaving:
+                self._forget(slot)
+                self._let_go(slot)
+            else:
+                self._rehire(slot)
 
     def close(self) -> None:
         """End every actor."""
         with self._lock:
-            for slot in self._slots:
+            for slot in self._slots.values():
                 self._end(slot)
+
+    def _answered(self, ticket: Hashable) -> None:
+        with self._lock:
+            slot = self._homes.pop(ticket, None)
+            if slot is not None:
+                slot.tickets.discard(ticket)
+                self._let_go(slot)
+
+    def _let_go(self, slot: _Slot) -> None:
+        """End an actor that is to leave, once it has nothing left to do."""
+        if slot.leaving and not slot.tickets and self._slots.get(slot.place) is slot:
+            del self._slots[slot.place]
+            self._end(slot)
+
+    def _forget(self, slot: _Slot) -> None:
+        for ticket in slot.tickets:
+            self._homes.pop(ticket, None)
+        slot.tickets = set()
 
     def _tell(self, task: Task, what: str) -> None:
         with self._lock, contextlib.suppress(Exception):
-            for slot in self._slots if ray.is_initialized() else ():
+            for slot in self._slots.values() if ray.is_initialized() else ():
                 if task.id in slot.opened:
                     getattr(slot.actor, what).options(concurrency_group="control").remote(task.id)
 
     def _hire(self) -> tuple[Any, Any]:
         """A new actor, and the reference to its first word."""
-        actor = self._class.options(**self._options).remote(self._threads)
+        actor = self._class.options(**self._asked).remote(self._threads)
         return actor, actor.ready.remote()
 
     def _rehire(self, slot: _Slot) -> None:
         self._end(slot)
+        self._forget(slot)
         slot.actor, slot.greeting = self._hire()
         slot.generation, slot.ready, slot.opened = slot.generation + 1, False, set()
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jacray_workers.engine import Prepared, prepare, run_shard
-from jacray_workers.errors import JobError, ModelError, ShardError
+from jacray_workers.errors import CancelledError, ModelError, ShardError
 from jacray_workers.plan import Shard
 from jacray_workers.shard import ShardResult
 
@@ -77,8 +77,13 @@ class Worker:
         """Take the model, inputs, request and plan of a task. Comes before its first shard."""
         self._tasks.setdefault(task, _Open(packed))
 
-    def compute(self, task: str, shard: Shard) -> Packed:
+    def compute(self, task: str, shard: Shard, halvings: int = 0) -> Packed:
         """Compute one shard; never raises.
+
+        Args:
+            task: its job.
+            shard: which samples.
+            halvings: how often the plan's chunk is halved, because workers ran out of memory over this shard.
 
         Returns:
             A packed `Reply`. Blocks that the receiver copies into place are marked as usable where they lie.
@@ -86,7 +91,7 @@ class Worker:
         # OpenMP keeps the count per thread, and Ray may call from another thread than the one that made this object.
         torch.set_num_threads(self.threads)
         try:
-            reply = Reply(self._compute(task, shard))
+            reply = Reply(self._compute(task, shard, halvings))
             placed = [reply.result.blocks[key] for key in self._placed(task)] if reply.result else []
             return pack(reply, read_only=placed, compact=True)
         except Exception as error:  # noqa: BLE001  (everything a model raises goes to the caller as it is)
@@ -101,11 +106,14 @@ class Worker:
         self._tasks.pop(task, None)
         self._cancelled.discard(task)
 
-    def _compute(self, task: str, shard: Shard) -> ShardResult:
+    def _compute(self, task: str, shard: Shard, halvings: int) -> ShardResult:
         if task in self._cancelled:
-            raise JobError("job", "was cancelled", task)
+            raise CancelledError("job", "was cancelled", task)
         known = self._tasks[task]
         prepared = known.prepared or _prepare(known)
+        if halvings:
+            smaller = max(1, prepared.plan.chunk_size >> halvings)
+            prepared = replace(prepared, plan=replace(prepared.plan, chunk_size=smaller))
         result = run_shard(prepared, shard, cancelled=lambda: task in self._cancelled)
         if known.mark is not None:
             _refuse_writes(known)

@@ -1,0 +1,339 @@
+"""The journal: what became of each job and each of its shards, in one SQLite file that survives whoever writes it.
+
+The one truth that a coordinator reads when it starts again. One file serves a run folder with its one job, or a
+service with many. In WAL mode a reader (`jacray status`) never waits for the writer, and what a killed writer had
+committed is there; a shard whose commit a power failure took along is computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from jacray_workers.errors import JobError, Plain, StorageError, UserError
+
+FORMAT = 1
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
+ShardState = Literal["done", "again", "failed"]
+ENDED: tuple[JobState, ...] = ("done", "failed", "cancelled")
+_SCHEMA = """
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY, key TEXT UNIQUE, state TEXT NOT NULL, user TEXT NOT NULL,
+    digests TEXT NOT NULL, plan TEXT NOT NULL, plan_digest TEXT NOT NULL, spec TEXT NOT NULL,
+    samples INTEGER NOT NULL, shards INTEGER NOT NULL,
+    created REAL NOT NULL, began REAL, ended REAL, error TEXT NOT NULL, trace TEXT NOT NULL
+);
+CREATE TABLE shards (
+    job TEXT NOT NULL, shard INTEGER NOT NULL, state TEXT NOT NULL, attempt INTEGER NOT NULL, worker TEXT NOT NULL,
+    at REAL NOT NULL, seconds REAL NOT NULL, detail TEXT NOT NULL, error TEXT NOT NULL, trace TEXT NOT NULL,
+    PRIMARY KEY (job, shard)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """A job as the journal knows it.
+
+    Attributes:
+        id: the job's id.
+        digests: of everything that decides its numbers, by what it is (`model`, `inputs`, `request`, ...).
+        plan, plan_digest: how it is computed, as plain data, and the plan's digest.
+        samples, shards: how many.
+        key: the idempotency key that it was submitted with, or None.
+        state: `queued`, `running`, `done`, `failed` or `cancelled`. A job that its process left `running` was
+            interrupted: see `Journal.alone`.
+        user: whose it is.
+        spec: what its owner wants to find again, as plain data.
+        created, began, ended: seconds since the epoch; None before it happens.
+        error, trace: why it failed, and the traceback.
+    """
+
+    id: str
+    digests: Mapping[str, str]
+    plan: Mapping[str, Any]
+    plan_digest: str
+    samples: int
+    shards: int
+    key: str | None = None
+    state: JobState = "queued"
+    user: str = ""
+    spec: Any = None
+    created: float = field(default_factory=time.time)
+    began: float | None = None
+    ended: float | None = None
+    error: str = ""
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """A shard as the journal knows it: the last that happened to it.
+
+    Attributes:
+        shard: its index.
+        state: `done`, `again` (it went wrong and is to be tried again) or `failed` (given up).
+        attempt: the how manieth time that was, from 1.
+        worker: who tried it.
+        at: when, in seconds since the epoch.
+        seconds: how long it took.
+        detail: of a shard that is done: what it left, its checks and facts, as plain data.
+        error, trace: why it went wrong, and the traceback.
+    """
+
+    shard: int
+    state: ShardState
+    attempt: int = 1
+    worker: str = ""
+    at: float = field(default_factory=time.time)
+    seconds: float = 0.0
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A job's shards by state, and how many times one was tried beyond the first."""
+
+    done: int = 0
+    again: int = 0
+    failed: int = 0
+    retries: int = 0
+
+
+_JOB = tuple(f.name for f in fields(JobRow))
+_SHARD = tuple(f.name for f in fields(ShardRow))
+_JSON = ("digests", "plan", "spec", "detail")
+
+
+class Journal:
+    """An open journal. Safe to use from several threads; only one process at a time may write.
+
+    Args:
+        path: the file; it and its folder are made where there are none.
+        read_only: look only. Needs a file that is there, and works while another process writes.
+
+    Raises:
+        JobError: another process is writing to it.
+        StorageError: the file cannot be made or written.
+        UserError: there is none, or another version of jacray wrote it.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        if read_only and not path.is_file():
+            raise UserError("path", "must hold a journal", Plain(str(path)), "a run writes one into its folder")
+        self._held = None if read_only else _hold(path)
+        with self._storage():
+            mode = "?mode=ro" if read_only else ""
+            self._db = sqlite3.connect(
+                f"file:{_quoted(path)}{mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=30
+            )
+            # Commits need not reach the disk before the next: after a power failure the last shards are computed again.
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+            if found == 0 and not read_only:
+                self._make()
+            elif found != FORMAT:
+                self.close()
+                raise UserError(str(path), f"must have format {FORMAT}", found, "use the jacray that wrote it")
+
+    def _make(self) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={FORMAT}; COMMIT;")
+
+    def enter(self, job: JobRow) -> JobRow:
+        """Take a job in.
+
+        Returns:
+            The job; or the earlier one, as it is now, where its key is known already.
+
+        Raises:
+            JobError: that earlier one is another job; names what differs.
+        """
+        with self._writing():
+            if job.key is not None and (known := self.find(job.key)) is not None:
+                changed = differing(known.digests, job.digests)
+                if changed:
+                    raise JobError("key", f"was used for another job ({'; '.join(changed)})", job.key, "use a new key")
+                return known
+            self._insert("jobs", _JOB, job, {})
+        return job
+
+    def job(self, identity: str) -> JobRow | None:
+        """The job of this id."""
+        return next(iter(self._jobs("WHERE id = ?", identity)), None)
+
+    def find(self, key: str) -> JobRow | None:
+        """The job of this idempotency key."""
+        return next(iter(self._jobs("WHERE key = ?", key)), None)
+
+    def jobs(self, states: Sequence[JobState] = ()) -> list[JobRow]:
+        """The jobs in any of these states (all by default), oldest first."""
+        where = f"WHERE state IN ({', '.join('?' * len(states))}) " if states else ""
+        return self._jobs(f"{where}ORDER BY created", *states)
+
+    def begin(self, identity: str) -> None:
+        """A job runs now, perhaps not for the first time."""
+        self._set(identity, state="running", began=time.time(), ended=None, error="", trace="")
+
+    def end(self, identity: str, state: JobState, error: str = "", trace: str = "") -> None:
+        """A job has ended."""
+        self._set(identity, state=state, ended=time.time(), error=error, trace=trace)
+
+    def forget(self, identity: str) -> None:
+        """Remove a job and its shards."""
+        with self._writing():
+            self._run("DELETE FROM shards WHERE job = ?", identity)
+            self._run("DELETE FROM jobs WHERE id = ?", identity)
+
+    def put(self, identity: str, row: ShardRow) -> None:
+        """Note what happened to a shard."""
+        self._insert("shards", _SHARD, row, {"job": identity})
+
+    def shards(self, identity: str, states: Sequence[ShardState] = ()) -> Iterator[ShardRow]:
+        """The shards that something has happened to, in order; a page at a time, for a job may have millions."""
+        extra = f"AND state IN ({', '.join('?' * len(states))}) " if states else ""
+        after = -1
+        while True:
+            rows = self._read(
+                f"SELECT {', '.join(_SHARD)} FROM shards WHERE job = ? AND shard > ? {extra}ORDER BY shard LIMIT 1000",  # noqa: S608
+                identity, after, *states,
+            )  # fmt: skip
+            for row in rows:
+                yield ShardRow(**_plain(_SHARD, row))
+            if not rows:
+                return
+            after = int(rows[-1][0])
+
+    def counts(self, identity: str) -> Counts:
+        """How a job's shards stand."""
+        rows = self._read(
+            "SELECT state, COUNT(*), SUM(attempt - (state != 'again')) FROM shards WHERE job = ? GROUP BY state",
+            identity,
+        )
+        by_state = {state: count for state, count, _ in rows}
+        return replace(Counts(**by_state), retries=sum(extra for _, _, extra in rows))
+
+    @property
+    def alone(self) -> bool:
+        """Whether no process writes to it now, so that what is `running` in it was interrupted."""
+        if self._held is not None:
+            return False
+        with contextlib.suppress(JobError, StorageError):
+            os.close(_hold(self.path))
+            return True
+        return False
+
+    def close(self) -> None:
+        """Write everything into the one file and let go of it. Later calls do nothing."""
+        with self._lock:
+            self._db.close()
+            if self._held is not None:
+                os.close(self._held)
+                self._held = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _jobs(self, where: str, *values: Any) -> list[JobRow]:
+        rows = self._read(f"SELECT {', '.join(_JOB)} FROM jobs {where}", *values)  # noqa: S608  (names of ours)
+        return [JobRow(**_plain(_JOB, row)) for row in rows]
+
+    def _set(self, identity: str, **values: Any) -> None:
+        names = ", ".join(f"{name} = ?" for name in values)
+        self._run(f"UPDATE jobs SET {names} WHERE id = ?", *values.values(), identity)  # noqa: S608  (names of ours)
+
+    def _insert(self, table: str, names: Sequence[str], row: Any, more: Mapping[str, Any]) -> None:
+        values = {**more, **{name: getattr(row, name) for name in names}}
+        values = {name: json.dumps(v) if name in _JSON else v for name, v in values.items()}
+        columns, marks = ", ".join(values), ", ".join("?" * len(values))
+        self._run(f"INSERT OR REPLACE INTO {table} ({columns}) VALUES ({marks})", *values.values())  # noqa: S608
+
+    def _run(self, statement: str, *values: Any) -> None:
+        with self._lock, self._storage():
+            self._db.execute(statement, values)
+
+    def _read(self, statement: str, *values: Any) -> list[Any]:
+        with self._lock, self._storage():
+            return self._db.execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction."""
+        with self._lock, self._storage():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def _storage(self) -> Iterator[None]:
+        """What the storage refuses is told as such."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            way_out = "mend that, then start the same job again: it goes on with what is left"
+            raise StorageError("journal", f"could not be used: {error}", Plain(str(self.path)), way_out) from error
+
+
+def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs between two jobs, as `KEY was OLD and is NEW`."""
+    names = dict.fromkeys([*before, *now])
+    return [
+        f"{name} was {before.get(name, 'absent')[:16]} and is {now.get(name, 'absent')[:16]}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _plain(names: Sequence[str], row: Sequence[Any]) -> dict[str, Any]:
+    return {name: json.loads(v) if name in _JSON else v for name, v in zip(names, row, strict=True)}
+
+
+def _quoted(path: Path) -> str:
+    from urllib.parse import quote
+
+    return quote(str(path.absolute()))
+
+
+def _hold(path: Path) -> int:
+    """Take the lock that says who writes. It is on the folder, so it leaves no file behind and dies with its holder."""
+    import fcntl
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise StorageError("journal", f"could not be made: {error.strerror}", Plain(str(path))) from error
+    for last in (False,) * 5 + (True,):
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if last:
+                os.close(held)
+                rule, way_out = "is in use by another process", "wait for it, or choose another folder"
+                raise JobError("journal", rule, Plain(str(path.parent)), way_out) from None
+            time.sleep(0.05)  # a reader that looks whether anybody writes holds it for a moment
+        except OSError:  # a file system without locks: nobody can tell, so nobody is refused
+            break
+        else:
+            break
+    return held
