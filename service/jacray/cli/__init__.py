@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from jacray.cli.failures import guarded
+
+if TYPE_CHECKING:
+    from jacray.progress import Style
 
 _FILE = click.argument("file", type=click.Path(dir_okay=False, path_type=str))
 _OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -35,15 +39,21 @@ def group() -> None:
 @group.command()
 @_FILE
 @_OVERRIDES
+@click.option(
+    "--progress",
+    type=click.Choice(["auto", "bar", "json", "lines", "off"]),
+    default="auto",
+    help="What to show on standard error: auto is a bar on a terminal, and a line of JSON now and then elsewhere.",
+)
 @_DEBUG
-def run(file: str, overrides: tuple[str, ...], debug: bool) -> None:  # noqa: ARG001 - `guarded` looks for it
+def run(file: str, overrides: tuple[str, ...], progress: Style, debug: bool) -> None:  # noqa: ARG001
     """Compute what FILE describes and write a run folder.
 
     KEY=VALUE changes a key of FILE, as in `request.method=reverse output.path=runs/try`.
     """
     from jacray.cli.commands import run_file
 
-    run_file(file, overrides)
+    run_file(file, overrides, progress)
 
 
 @group.command()

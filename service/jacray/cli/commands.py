@@ -13,6 +13,7 @@ from jacray.spec import Run, read_run
 
 if TYPE_CHECKING:
     from jacray.folders import RunFolder
+    from jacray.progress import Style
     from jacray.result import Result
     from jacray.work import Work
 
@@ -30,7 +31,7 @@ def plan_file(file: str, overrides: Sequence[str]) -> str:
         return plan(work.model, work.loaded.inputs, request=work.request, workers=cluster.workers).explain()
 
 
-def run_file(file: str, overrides: Sequence[str]) -> None:
+def run_file(file: str, overrides: Sequence[str], style: Style = "auto") -> None:
     """Compute what a file describes, write its folder, and print a summary."""
     from jacray.folders import check_free
 
@@ -41,12 +42,12 @@ def run_file(file: str, overrides: Sequence[str]) -> None:
     from jacray.work import make
 
     work = make(run)
-    result = compute(run, work)
+    result = compute(run, work, style)
     folder = write(run, work, result)
     summary(work, result, folder, time.perf_counter() - began)
 
 
-def compute(run: Run, work: Work) -> Result:
+def compute(run: Run, work: Work, style: Style = "auto") -> Result:
     """Run the job where the spec says, with its progress on stderr."""
     from jacray.client import Client
     from jacray.progress import progress
@@ -65,7 +66,7 @@ def compute(run: Run, work: Work) -> Result:
         with client:
             job = client.submit(work.model, work.loaded.inputs, request=work.request, on_error=cluster.on_error)
             _check_room(run, job.plan.bytes_out)
-            with progress(job):
+            with progress(job, style=style):
                 return job.result()
 
 
