@@ -47,7 +47,8 @@ def as_target(to: str | os.PathLike[str] | Target) -> Target:
     """
     if isinstance(to, Target):
         return to
-    if not isinstance(to, str | os.PathLike) or not os.fspath(to):
+    given: Any = to
+    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
         raise RequestError("to", "must be a folder or a URL such as s3://BUCKET/RUN", to)
     text = os.fspath(to)
     if "://" in text and not text.startswith("file://"):

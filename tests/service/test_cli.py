@@ -212,7 +212,7 @@ def failure_after_progress(capsys, *arguments):
     code = main(arguments)
     printed = capsys.readouterr()
     lines = printed.err.strip().splitlines()
-    assert all(line.startswith("job ") for line in lines[:-1]), printed.err
+    assert all("event" in json.loads(line) for line in lines[:-1]), printed.err
     assert printed.out == ""
     return code, lines[-1]
 

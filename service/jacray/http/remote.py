@@ -9,10 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from jacray_workers.errors import JobError, ModelError, Plain
+from jacray_workers.errors import JobError, ModelError, Plain, RequestError
 from jacray_workers.request import Request, make_request
 
 from jacray.client import Client
+from jacray.failures import OnError
 from jacray.fields import AllFields
 from jacray.http import wire
 from jacray.http.connection import Connections
@@ -54,6 +55,8 @@ class RemoteClient(Client):
         *,
         request: Request | None = None,
         key: str | None = None,
+        on_error: OnError = "fail",
+        user: str = "",
         **fields: Unpack[AllFields],
     ) -> RemoteJob:
         """Submit a job. It is the service's: it goes on when this client is closed.
@@ -63,11 +66,16 @@ class RemoteClient(Client):
             x: a tensor or a pytree of tensors, the batch first, or an input spec as a mapping.
             request: a request made before; `fields` change some of it.
             key: submitting again under the same key gives the same job; one of its own by default.
+            on_error: only `fail`: a service ends a job with its first error.
+            user: only empty: the token tells whose job it is.
             **fields: the fields of `Request`.
 
         Raises:
             UserError: what breaks a rule.
         """
+        if on_error != "fail" or user:
+            name, value = ("user", user) if user else ("on_error", on_error)
+            raise RequestError(name, "cannot be set for a job over HTTP", value, "leave it out")
         message = message_of(model, x, make_request(request, **fields), self._upload)
         header, parts = message.encode()
         headers = {"Idempotency-Key": key or uuid.uuid4().hex, "Accept": "application/json"}
@@ -109,6 +117,14 @@ class RemoteClient(Client):
     def upload(self, what: Any) -> str:
         """Send a file of weights ahead; returns the digest that specs may name."""
         return self._upload(what)
+
+    def scale(self, workers: int) -> None:
+        """Refused: a service's workers are its own.
+
+        Raises:
+            RequestError: always.
+        """
+        raise RequestError("workers", "cannot be changed over HTTP", workers, "ask whoever runs the service")
 
     @property
     def closed(self) -> bool:
