@@ -39,7 +39,7 @@ const ago = (seconds) => {
   }
   return "just now";
 };
-const seconds = (s) => s >= 90 ? `${(s / 60).toFixed(1)} min` : `${s.toPrecision(3)} s`;
+const seconds = (s) => s >= 90 ? `${(s / 60).toFixed(1)} min` : s >= .1 ? `${s.toPrecision(3)} s` : s >= 1e-3 ? `${(1e3 * s).toPrecision(2)} ms` : "under 1 ms";
 const bytes = (n) => {
   const units = ["bytes", "KiB", "MiB", "GiB", "TiB"], i = n ? Math.min(4, Math.floor(Math.log2(n) / 10)) : 0;
   return `${Number((n / 1024 ** i).toPrecision(3))} ${units[i]}`;
@@ -62,7 +62,7 @@ function progress(job) {
 function row(job) {
   const link = make("a", { href: `#job/${job.id}` },
     make("span", { class: "id" }, job.id), make("span", { class: `state ${job.state}` }, job.state),
-    progress(job), make("span", { class: "when" }, ago(job.submitted)));
+    progress(job), make("span", { class: "method" }, job.method || ""), make("span", { class: "when" }, ago(job.submitted)));
   return make("li", {}, link);
 }
 
@@ -101,12 +101,12 @@ async function showJob(id) {
   ]));
   body.replaceChildren(...parts);
   const here = () => shown?.id === id && shown.state === job.state;
-  if (job.planned) await attempt(body, here, () => planPart(id));
   if (job.state === "done") {
     const receipt = await json(job_path(id, "/receipt"));
-    await attempt(body, here, () => receiptPart(receipt));
     await attempt(body, here, () => picturesPart(id, receipt));
+    await attempt(body, here, () => receiptPart(receipt));
   }
+  if (job.planned) await attempt(body, here, () => planPart(id));
   if (!FINAL.includes(job.state)) listen(id);
 }
 
@@ -180,8 +180,9 @@ function picturesPart(id, receipt) {
   const which = make("select", { id: "which" }, ...arrays.map((a) => make("option", { value: a.key }, a.key)));
   const sample = make("input", { id: "sample", type: "number", min: 0, max: samples - 1, value: 0 });
   const box = make("div"), panel = make("div", { class: "panel" },
-    make("div", { class: "choice" }, make("label", { for: "which" }, "Array"), which,
-      make("label", { for: "sample" }, "Sample"), sample, make("span", { class: "small" }, `0 to ${count(samples - 1)}`)), box);
+    make("div", { class: "choice" }, make("span", {}, make("label", { for: "which" }, "Array"), which),
+      make("span", {}, make("label", { for: "sample" }, "Sample"), sample, make("span", { class: "small" }, ` 0 to ${count(samples - 1)}`))),
+    box);
   let latest = 0;
   const draw = async () => {
     const turn = ++latest, array = arrays.find((a) => a.key === which.value);
@@ -206,7 +207,10 @@ async function picture(id, array, i) {
   const outs = array.dims.slice(1).filter((d) => d.startsWith("output") || d.startsWith("weight")).length;
   const rows = inside.slice(0, outs).reduce((a, b) => a * b, 1), columns = data.length / rows, limit = limitOf(data);
   const lines = Array.from({ length: rows }, (_, r) => data.subarray(r * columns, (r + 1) * columns));
-  const drawn = [...drawing(lines, inside.slice(outs), limit), scale(limit)];
+  const words = array.name === "jacobian"
+    ? "How each output changes when one input number is raised: red raises it, blue lowers it, white does nothing."
+    : "How the weighted output changes when one input number is raised: red raises it, blue lowers it.";
+  const drawn = [make("p", { class: "small" }, words), ...drawing(lines, inside.slice(outs), limit), scale(limit)];
   if (array.name === "jacobian") drawn.push(...spectrumOf(lines, columns));
   return drawn;
 }

@@ -27,8 +27,8 @@ export function heatMap(values, rows, columns, limit) {
   return canvas;
 }
 
-export const short = (x) => !Number.isFinite(x) ? String(x)
-  : x !== 0 && (Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3) ? x.toExponential(2) : String(Number(x.toPrecision(4)));
+export const short = (x) => (!Number.isFinite(x) ? String(x)
+  : x !== 0 && (Math.abs(x) >= 1e5 || Math.abs(x) < 1e-3) ? x.toExponential(2) : String(Number(x.toPrecision(3)))).replaceAll("-", "\u2212");
 
 export function scale(limit) {
   const row = document.createElement("p"), steps = 101;
@@ -58,10 +58,10 @@ export function spectrum(values) {
   const high = Math.log10(top) + .05, low = Math.min(Math.log10(seen[seen.length - 1]), high - .5) - .05;
   const x = (i) => L + (W - L - R) * (values.length > 1 ? i / (values.length - 1) : .5);
   const y = (v) => T + (H - T - B) * (high - Math.log10(v)) / (high - low);
-  const step = Math.max(1, Math.ceil((high - low) / 5));
-  const ticks = high - low < 1.6
-    ? [0, 1, 2, 3].map((i) => 10 ** (low + (high - low) * i / 3))
-    : Array.from({ length: 40 }, (_, i) => 10 ** (Math.ceil(low) + i * step)).filter((v) => Math.log10(v) <= high);
+  const step = Math.max(1, Math.ceil((high - low) / 5)), first = Math.floor(low);
+  const between = high - low < 1.6 ? [1, 2, 5] : [1];
+  const ticks = Array.from({ length: 40 }, (_, i) => between.map((d) => d * 10 ** (first + i * step))).flat()
+    .filter((v) => Math.log10(v) <= high && Math.log10(v) >= low);
   for (const tick of ticks) {
     add(svg, "line", { class: "axis", x1: L, x2: W - R, y1: y(tick), y2: y(tick) });
     add(svg, "text", { x: L - 6, y: y(tick) + 4, "text-anchor": "end" }, short(tick));
