@@ -116,7 +116,7 @@ def test_another_person_sees_none_of_it(server: Server, job: str, page: Page) ->
 def test_a_job_is_cancelled_from_the_page(server: Server, page: Page) -> None:
     wide = {"kind": "layers", "layers": [{"kind": "Linear", "in_features": 600, "out_features": 600}] * 3, "seed": 0}
     with server.client() as client:
-        long = client.submit(wide, torch.ones(1000, 600), method="backward_loop")
+        long = client.submit(wide, torch.ones(1000, 600), method="backward_loop", chunk_size=10)
         enter(page, server, ALICE, f"/#job/{long.id}")
         page.get_by_role("button", name="Cancel this job").click()
         page.get_by_role("heading", name="cancelled").wait_for()
