@@ -7,6 +7,7 @@ deep, and aliases that multiply into too many values. Reading runs no code and b
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,10 +66,11 @@ def read(path: Path) -> Document:
     """
     name = str(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise SpecError(
-                name, f"must be at most {MAX_BYTES:,} bytes", path.stat().st_size, "put numbers into a file"
-            )
+        found = path.stat()
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise SpecError(name, "must be a readable YAML file", Plain("a pipe or a device"))
+        if found.st_size > MAX_BYTES:
+            raise SpecError(name, f"must be at most {MAX_BYTES:,} bytes", found.st_size, "put numbers into a file")
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         if isinstance(error, SpecError):
@@ -99,6 +101,11 @@ def value(text: str, name: str) -> Any:
         SpecError: naming the source and the rule.
     """
     return _Builder(name).build(text)
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written as UTF-8, which halves of a surrogate pair cannot."""
+    return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 @dataclass
@@ -184,6 +191,8 @@ class _Builder:
             raise self._refuse(event, "must have texts as keys", "a list or mapping as a key")
 
     def _scalar(self, event: Any) -> None:
+        if not is_text(event.value):
+            raise self._refuse(event, "must hold texts of whole characters", "half a surrogate pair")
         top = self.stack[-1] if self.stack else None
         if top is not None and isinstance(top.items, dict) and top.key is None:
             if event.value in top.items:

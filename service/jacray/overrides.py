@@ -32,10 +32,14 @@ def override(document: Document, assignments: Iterable[str]) -> Document:
 
 
 def _split(text: str) -> tuple[str, tuple[str, ...], Any]:
+    if not documents.is_text(text):
+        raise SpecError("override", "must be UTF-8 text", text)
     key, equals, given = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
         raise SpecError(f"override {text}", "must be KEY=VALUE with a dotted key", None, "as in request.method=reverse")
+    if len(path) > documents.MAX_DEPTH:
+        raise SpecError(f"override {text}", f"must reach at most {documents.MAX_DEPTH} deep", len(path))
     return key.strip(), path, documents.value(given, f"override {text}")
 
 

@@ -48,7 +48,7 @@ class UserError(JacrayError, ValueError):
         self.way_out = way_out
         got = "" if value is None else f"; got {shorten(value)}"
         tail = f". {way_out}" if way_out else ""
-        super().__init__(f"{argument}: {rule}{got}{tail}")
+        super().__init__(f"{shorten(Plain(argument), 400)}: {rule}{got}{tail}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from the four parts: the default rebuilds from the message alone and fails across processes."""

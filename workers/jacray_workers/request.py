@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any, Literal, get_args
 
@@ -92,7 +91,7 @@ class Request(BaseModel):
     reduction: Literal["sum", "none"] = "sum"
     outputs: Any = None
     method: Method = "auto"
-    chunk_size: int | None = Field(default=None, ge=1)
+    chunk_size: int | None = Field(default=None, ge=1, le=2**53)
     memory_budget: int | float | str | None = None
     form: Literal["auto", "dense", "factors"] = "auto"
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
@@ -104,7 +103,7 @@ class Request(BaseModel):
     tf32: bool = False
     loss: Literal["cross_entropy", "mse"] = "cross_entropy"
     ntk: Literal["full", "trace"] = "full"
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1, le=2**53)
 
     @field_validator("returns", mode="before")
     @classmethod
@@ -131,7 +130,10 @@ class Request(BaseModel):
     @field_validator("device", mode="before")
     @classmethod
     def _device_by_name(cls, value: Any) -> Any:
-        return str(value) if type(value).__name__ == "device" else value
+        name = str(value) if type(value).__name__ == "device" else value
+        if isinstance(name, str) and name.partition(":")[0] == "meta":
+            raise ValueError("a device that computes, such as cpu or cuda:0")
+        return name
 
     @field_validator("memory_budget", mode="before")
     @classmethod
@@ -180,8 +182,11 @@ def budget_bytes(budget: int | float | str, free: int) -> int:
         # A decimal prefix (GB) counts in powers of ten and a binary one (GiB) in powers of two.
         power = _SCALE.get(unit[0], 0)
         scale = 2**power if "i" in unit else 10 ** (power // 10 * 3)
+        if number * scale >= 2**63:
+            raise ValueError(rule)
         budget = int(number * scale)
-    if isinstance(budget, bool) or not math.isfinite(budget) or budget <= 0:
+    # Compared, not asked whether they are finite: whole numbers may be too large to be made floats.
+    if isinstance(budget, bool) or not 0 < budget < 2**63:
         raise ValueError(rule)
     return int(budget * free) if isinstance(budget, float) and budget <= 1 else int(budget)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from jacray_workers.errors import InputError, Plain, UserError
 from jacray_workers.sources.arrays import Part, check_memory, from_numpy
 from jacray_workers.sources.columns import Choice, choose
-from jacray_workers.sources.places import Place, Reach, Stamp, locate, unreadable
+from jacray_workers.sources.places import Place, Reach, Stamp, listed, locate, unreadable
 from jacray_workers.sources.specs import Datasets, Parquet
 
 MAX_STATE = 1 << 22
@@ -79,6 +79,10 @@ class ArrowTable:
         for batch in self.batches(start, stop, self.choice.names):
             for name, parts in found.items():
                 parts.append(self._part(batch.column(name), name))
+        if not all(found.values()):
+            raise InputError(
+                f"{self.argument}.path", "must hold the rows that it promises", Plain(self.files[0].place.name)
+            )
         columns = {name: _joined(parts, f"{self.argument}.columns") for name, parts in found.items()}
         fields = {as_: self._field(columns[name], as_) for as_, name in self.choice.fields.items()}
         return self.choice.inputs(columns), fields
@@ -107,7 +111,7 @@ def parquet(spec: Parquet, base: Path, argument: str, reach: Reach) -> ArrowTabl
     place = locate(spec.path, base, f"{argument}.path", reach=reach)
     found = [place]
     if place.folder:
-        found = [place.inside(name) for name in _listed(place) if name.endswith(".parquet")]
+        found = [place.inside(name) for name in listed(place) if name.endswith(".parquet")]
     if not found:
         raise InputError(place.argument, "must hold at least one parquet file", Plain(place.name))
     files = [File(p, "parquet", _parquet_starts(p)) for p in found]
@@ -267,7 +271,7 @@ def _is_picture(kind: Any) -> bool:
 
 def _split(place: Place, spec: Datasets, argument: str) -> Place:
     """The folder of one split, where there are several."""
-    names = _listed(place)
+    names = listed(place)
     if "dataset_dict.json" not in names:
         return place
     splits = _json(place.inside("dataset_dict.json")).get("splits")
@@ -279,16 +283,6 @@ def _split(place: Place, spec: Datasets, argument: str) -> Place:
     if spec.split not in known:
         raise InputError(f"{argument}.split", f"must be one of {', '.join(known)}", spec.split)
     return place.inside(str(spec.split), folder=True)
-
-
-def _listed(place: Place) -> list[str]:
-    """The names in a folder, sorted."""
-    from jacray_workers.sources.places import filesystem
-
-    if place.local:
-        return sorted(path.name for path in place.local.iterdir())
-    system, path = filesystem(place.path, place.argument)
-    return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in system.ls(path, detail=False))
 
 
 def _json(place: Place) -> Any:
@@ -375,8 +369,9 @@ def _arrow() -> Any:
 def _parquet_file(place: Place) -> Iterator[Any]:
     arrow = _arrow()
     source = arrow.memory_map(place.path) if place.local else place.open()
-    limits = {"thrift_string_size_limit": 1 << 26, "thrift_container_size_limit": 1 << 22}
-    with source, arrow.parquet.ParquetFile(source, pre_buffer=False, **limits) as opened:
+    limits: dict[str, Any] = {"thrift_string_size_limit": 1 << 26, "thrift_container_size_limit": 1 << 22}
+    limits |= {"pre_buffer": False, "page_checksum_verification": True}
+    with source, arrow.parquet.ParquetFile(source, **limits) as opened:
         yield opened
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -35,7 +36,10 @@ _ZIP_ERRORS = (
     NotImplementedError,
     zlib.error,
 )
-_HEADER_ERRORS = (ValueError, OSError, EOFError, SyntaxError, RecursionError, MemoryError, TypeError, OverflowError)
+_HEADER_ERRORS = (  # numpy takes a header apart as Python takes apart a literal, and fails in as many ways
+    *(ValueError, OSError, EOFError, SyntaxError, RecursionError, MemoryError, TypeError, OverflowError),
+    tokenize.TokenError,
+)
 
 
 def npy(spec: Npy, base: Path, argument: str, reach: Reach) -> Arrays:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from jacray_workers.errors import InputError, Plain, UserError
+from jacray_workers.errors import InputError, Plain, UserError, shorten
 from jacray_workers.spec_parts import is_url
 
 SCHEMES: tuple[str, ...] = ("file", "memory", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "sftp")
@@ -170,10 +170,18 @@ def filesystem(url: str, argument: str) -> tuple[Any, str]:
     return found
 
 
+def listed(folder: Place) -> list[str]:
+    """The names in a folder, sorted."""
+    if folder.local:
+        return sorted(path.name for path in folder.local.iterdir())
+    system, path = filesystem(folder.path, folder.argument)
+    return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in system.ls(path, detail=False))
+
+
 def unreadable(place: Place, what: str, error: BaseException) -> InputError:
     """The error for a file that is not what its kind says."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return InputError(place.argument, f"must be a readable {what}: {reason}", Plain(place.name))
+    reason = Plain(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+    return InputError(place.argument, f"must be a readable {what}: {shorten(reason, 200)}", Plain(place.name))
 
 
 def changed(place: Place) -> InputError:

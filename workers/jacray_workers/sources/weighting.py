@@ -30,8 +30,8 @@ def check_directions(value: Any, argument: str) -> None:
     elif isinstance(value, Mapping):
         for name, part in value.items():
             check_directions(part, f"{argument}.{name}")
-    elif value is not None:
-        tensor_of(value, argument)
+    elif value is not None and not bool(torch.isfinite(tensor_of(value, argument)).all()):
+        raise SpecError(argument, "must be finite numbers", value)
 
 
 def directions(value: Any, loaded: Loaded, base: Path, classes: Callable[[], int], argument: str) -> Any:

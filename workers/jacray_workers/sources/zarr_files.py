@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jacray_workers.errors import InputError, Plain, UserError
 from jacray_workers.sources.arrays import check_dtype, check_memory, from_numpy
-from jacray_workers.sources.places import Place, Reach, locate, unreadable
+from jacray_workers.sources.places import Place, Reach, listed, locate, unreadable
 from jacray_workers.sources.several import Arrays, arrays_of
 from jacray_workers.sources.specs import Zarr
 
@@ -64,12 +64,12 @@ def zarr(spec: Zarr, base: Path, argument: str, reach: Reach) -> Arrays:
         raise InputError(place.argument, "must be a zarr folder", Plain(place.name))
     try:
         node = _open(place)
-        members = dict(_members(node, spec))
+        found = {"": node} if hasattr(node, "shape") else _members(node, spec, place)
     except Exception as error:
         if isinstance(error, UserError):
             raise
         raise unreadable(place, "zarr array or group", error) from None
-    known = {name: functools.partial(_checked, array, name, place) for name, array in members.items()}
+    known = {name: functools.partial(_checked, array, name, place) for name, array in found.items()}
     return arrays_of(spec, place, known, argument)
 
 
@@ -95,26 +95,26 @@ def _is_group(store: Any) -> bool:
     return True
 
 
-def _members(node: Any, spec: Zarr) -> Iterator[tuple[str, Any]]:
-    import zarr as library
-
-    if isinstance(node, library.Array):
-        yield "", node
-        return
+def _members(node: Any, spec: Zarr, place: Place) -> dict[str, Any]:
+    """A group's arrays by name; a member that cannot be opened is there as the error it raises."""
     asked = [spec.arrays] if isinstance(spec.arrays, str) else list(spec.arrays or ())
-    names = [*asked, *spec.fields.values()]
-    if spec.arrays is None or not all(_plain_name(name) for name in names):
-        yield from node.arrays()
-        return
+    names = [name for name in (*asked, *spec.fields.values()) if _plain_name(name)]
+    found = {name: _member(node, name) for name in names}
     # Not every store can be listed, but each can be asked for a name.
-    for name in dict.fromkeys(names):
-        try:
-            found = node[name]
-        except KeyError:
-            yield from node.arrays()
-            return
-        if isinstance(found, library.Array):
-            yield name, found
+    if spec.arrays is None or len(found) < len({*asked, *spec.fields.values()}) or None in found.values():
+        found |= {name: _member(node, name) for name in listed(place) if name not in found and _plain_name(name)}
+    return {name: member for name, member in found.items() if member is not None}
+
+
+def _member(node: Any, name: str) -> Any:
+    """An array, None for what is no array, or what was raised."""
+    try:
+        found = node[name]
+    except KeyError:
+        return None
+    except Exception as error:  # noqa: BLE001 - metadata written by anyone fails in any way
+        return error
+    return found if hasattr(found, "shape") else None
 
 
 def _plain_name(name: str) -> bool:
@@ -128,6 +128,8 @@ def _checked(array: Any, name: str, place: Place) -> ZarrArray:
     Raises:
         InputError: a codec could do more than move and compress bytes, or a chunk would not fit into memory.
     """
+    if isinstance(array, Exception):
+        raise unreadable(place, "zarr array", array)
     meta = array.metadata.to_dict()
     strange = [codec for codec in _codecs(meta) if codec not in _CODECS]
     if strange:
@@ -135,6 +137,8 @@ def _checked(array: Any, name: str, place: Place) -> ZarrArray:
         raise InputError(
             place.argument, "must be stored with codecs that only move or compress bytes", strange[0], allowed
         )
+    if meta.get("storage_transformers"):
+        raise InputError(place.argument, "must be a zarr array without storage transformers", Plain(place.name))
     dtype = np.dtype(array.dtype)
     check_dtype(dtype, place.argument)
     chunks = [tuple(array.chunks), tuple(getattr(array, "shards", None) or ())]
