@@ -98,6 +98,58 @@ def serve(debug: bool, **given: object) -> None:  # noqa: ARG001 - `guarded` loo
     serve_until_stopped(given)
 
 
+_URL = click.option(
+    "--url", default="http://127.0.0.1:8765", envvar="JACRAY_URL", show_default=True,
+    help="The service; JACRAY_URL says it too, and JACRAY_TOKEN holds the token.",
+)  # fmt: skip
+
+
+@group.command()
+@_FILE
+@_OVERRIDES
+@_URL
+@_DEBUG
+def submit(file: str, overrides: tuple[str, ...], url: str, debug: bool) -> None:  # noqa: ARG001 - as above
+    """Submit what FILE describes to a service, and print the job's ID. `cluster` and `output` are the service's."""
+    from jacray.cli.remote import submit_file
+
+    submit_file(file, overrides, url)
+
+
+@group.command()
+@click.argument("job", metavar="[ID]", required=False)
+@_URL
+@_DEBUG
+def status(job: str | None, url: str, debug: bool) -> None:  # noqa: ARG001 - as above
+    """Print how far a job of a service is, or your latest jobs."""
+    from jacray.cli.remote import show_status
+
+    show_status(job, url)
+
+
+@group.command()
+@click.argument("job", metavar="ID")
+@click.option("--to", required=True, type=click.Path(), help="A new folder.")
+@_URL
+@_DEBUG
+def fetch(job: str, to: str, url: str, debug: bool) -> None:  # noqa: ARG001 - as above
+    """Wait for a job of a service and write its run folder."""
+    from jacray.cli.remote import fetch_job
+
+    fetch_job(job, to, url)
+
+
+@group.command()
+@click.argument("job", metavar="ID")
+@_URL
+@_DEBUG
+def cancel(job: str, url: str, debug: bool) -> None:  # noqa: ARG001 - as above
+    """End a job of a service soon."""
+    from jacray.cli.remote import cancel_job
+
+    cancel_job(job, url)
+
+
 @group.command()
 def schema() -> None:
     """Print the JSON Schema of the YAML, for editors."""

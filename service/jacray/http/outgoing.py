@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from jacray_workers.errors import InputError, ModelError
+from jacray_workers.errors import InputError, ModelError, Plain
 from jacray_workers.request import Request
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from jacray.http.messages import Message
+from jacray.http.messages import Message, raw
 from jacray.http.work import DIRECTIONS
 
-Upload = Callable[[Any], str]
-"""Sends a module or a file of weights ahead and gives its digest."""
+Upload = Callable[[Callable[[], bytes]], str]
+"""Sends bytes ahead and gives their digest."""
 
 
 def message_of(model: Any, x: Any, request: Request, upload: Upload) -> Message:
@@ -92,15 +97,75 @@ def model_of(model: Any, x: Any, upload: Upload) -> dict[str, Any]:
     """The model's spec, or the digest of what was sent ahead.
 
     Raises:
-        ModelError: it cannot travel.
+        ModelError: it cannot travel; the text says what to do.
     """
-    del x
     if isinstance(model, BaseModel):
         model = model.model_dump(mode="json", exclude_none=True)
-    if isinstance(model, Mapping):
+    if isinstance(model, Mapping) and not callable(model):
         spec = dict(model)
-        if isinstance(spec.get("weights"), str) and not spec["weights"].startswith("sha256:"):
-            spec["weights"] = upload(spec["weights"])
+        for name in ("weights", *(("path",) if spec.get("kind") == "graph" else ())):
+            if isinstance(spec.get(name), str) and not spec[name].startswith("sha256:"):
+                spec[name] = upload(functools.partial(_read, spec[name], f"model.{name}"))
         return spec
-    way_out = "describe it as a spec (kind: layers or function), or submit it to a local client"
-    raise ModelError("model", "must be a model spec to travel over HTTP", type(model).__name__, way_out)
+    return {"digest": exported(model, x, upload)}
+
+
+def _read(path: str, argument: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ModelError(argument, f"must name a file that can be read: {error.strerror}", Plain(path)) from None
+
+
+_exported: weakref.WeakKeyDictionary[Any, dict[Any, bytes]] = weakref.WeakKeyDictionary()
+
+
+def exported(model: Any, x: Any, upload: Upload) -> str:
+    """The digest of a module that was sent ahead as a graph file: its graph and its weights, and nothing to unpickle.
+
+    Raises:
+        ModelError: it cannot be exported; the text says what to do.
+    """
+    from jacray_workers.models import graph
+    from jacray_workers.problem.problem import as_module
+
+    if isinstance(x, Mapping) and _is_spec(x):
+        way_out = "give the inputs as tensors, or the model as a spec or a graph file (jacray.export)"
+        raise ModelError("model", "needs example inputs to be exported", type(model).__name__, way_out)
+    key = _state_of(model, x)
+    known = _exported.setdefault(model, {}) if key is not None else {}
+    if key not in known:
+        known.clear()
+        with _evaluating(as_module(model)) as module:
+            known[key] = graph.dump(module, _tensors(x))
+    return upload(lambda: known[key])
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """The module in eval mode, which is how it is differentiated; its modes come back as they were."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield module
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _state_of(model: Any, x: Any) -> Any:
+    """Everything that decides what is exported: the module's make-up, its numbers, and the shapes of one sample."""
+    from jacray_workers.problem import cache
+
+    one = pytree.tree_map_only(Tensor, lambda leaf: leaf[:1], x)
+    key = cache.key_of(model, one, Request(), 1)
+    if key is None:
+        return None
+    numbers = 0
+    for tensor in (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ():
+        numbers = zlib.crc32(raw(tensor), numbers)
+    return key.parts, numbers
+
+
+def _tensors(x: Any) -> Any:
+    return torch.tensor(x) if isinstance(x, list) and not any(isinstance(t, Tensor) for t in x) else x

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
-from jacray_workers.errors import JobError, ModelError, Plain, RequestError
+from jacray_workers.errors import InputError, JobError, RequestError
 from jacray_workers.request import Request, make_request
 
 from jacray.client import Client
@@ -22,9 +24,14 @@ from jacray.http.outgoing import message_of
 from jacray.http.remote_job import RemoteJob
 from jacray.result import Result
 
+T = TypeVar("T")
+
 
 class RemoteClient(Client):
     """Made by `Client("http://HOST:PORT")`.
+
+    Attributes:
+        connections: to the service.
 
     Args:
         address: the service's URL.
@@ -35,9 +42,9 @@ class RemoteClient(Client):
 
     def __init__(self, address: str, *, token: str | None = None, timeout: float = 300.0, retries: int = 5) -> None:
         self._address = address
-        self._connections = Connections(address, token, timeout, retries)
+        self.connections = Connections(address, token, timeout, retries)
         self._open = True
-        self._sent: dict[Any, str] = {}
+        self._sent = set[str]()
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -76,12 +83,16 @@ class RemoteClient(Client):
         if on_error != "fail" or user:
             name, value = ("user", user) if user else ("on_error", on_error)
             raise RequestError(name, "cannot be set for a job over HTTP", value, "leave it out")
-        message = message_of(model, x, make_request(request, **fields), self._upload)
-        header, parts = message.encode()
+        asked = make_request(request, **fields)
         headers = {"Idempotency-Key": key or uuid.uuid4().hex, "Accept": "application/json"}
-        with self._connections.open("POST", "/v1/jobs", parts=[header, *parts], headers=headers) as response:
-            shown = json.loads(response.read())
-        return RemoteJob(self._connections, shown)
+
+        def send() -> dict[str, Any]:
+            header, parts = message_of(model, x, asked, self._upload).encode()
+            with self.connections.open("POST", "/v1/jobs", parts=[header, *parts], headers=headers) as response:
+                found: dict[str, Any] = json.loads(response.read())
+                return found
+
+        return RemoteJob(self.connections, self._with_uploads(send))
 
     def job(self, identity: str) -> RemoteJob:
         """A job that was submitted before, from anywhere.
@@ -89,12 +100,12 @@ class RemoteClient(Client):
         Raises:
             JacrayError: there is none of yours.
         """
-        return RemoteJob(self._connections, self._connections.json("GET", f"/v1/jobs/{identity}"))
+        return RemoteJob(self.connections, self.connections.json("GET", f"/v1/jobs/{identity}"))
 
     def jobs(self, state: str | None = None) -> list[dict[str, Any]]:
         """Your jobs, the latest first, as the service describes them."""
         query = {"state": state} if state else None
-        found: list[dict[str, Any]] = self._connections.json("GET", "/v1/jobs", query=query)["jobs"]
+        found: list[dict[str, Any]] = self.connections.json("GET", "/v1/jobs", query=query)["jobs"]
         return found
 
     def compute(self, model: Any, x: Any, *, request: Request | None = None, **fields: Unpack[AllFields]) -> Result:
@@ -109,14 +120,22 @@ class RemoteClient(Client):
         Raises:
             UserError: what breaks a rule, or is too large or too slow for one round trip.
         """
-        message = message_of(model, x, make_request(request, **fields), self._upload)
-        header, parts = message.encode()
-        data = self._connections.tensors("/v1/compute", [header, *parts])
+        asked = make_request(request, **fields)
+
+        def send() -> memoryview:
+            header, parts = message_of(model, x, asked, self._upload).encode()
+            return self.connections.tensors("/v1/compute", [header, *parts])
+
+        data = self._with_uploads(send)
         return result_of(wire.read_header(data), data)
 
-    def upload(self, what: Any) -> str:
-        """Send a file of weights ahead; returns the digest that specs may name."""
-        return self._upload(what)
+    def upload(self, path: str | Path) -> str:
+        """Send a file of tensors ahead; returns the digest that specs may name as `weights` or `path`.
+
+        Raises:
+            JacrayError: it is no safetensors file, or too large.
+        """
+        return self._upload(Path(path).read_bytes)
 
     def scale(self, workers: int) -> None:
         """Refused: a service's workers are its own.
@@ -134,18 +153,33 @@ class RemoteClient(Client):
     def close(self) -> None:
         """End the connections. Jobs go on: they are the service's."""
         self._open = False
-        self._connections.close()
+        self.connections.close()
 
     def __repr__(self) -> str:
         return f"Client({self._address!r}{', closed' if self.closed else ''})"
 
-    def _upload(self, what: Any) -> str:
+    def _with_uploads(self, send: Callable[[], T]) -> T:
+        """Send work; what it names was perhaps deleted from the service since it was sent ahead."""
+        try:
+            return send()
+        except InputError as error:
+            if "names no upload" not in error.rule or not self._sent:
+                raise
+        with self._lock:
+            self._sent.clear()
+        return send()
+
+    def _upload(self, read: Callable[[], bytes]) -> str:
+        """Send bytes ahead, unless this client has sent them before."""
         if self.closed:
             raise JobError("client", "is closed", None, "make a new jacray.Client")
-        path = Path(what)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ModelError("model.weights", f"must be readable: {error.strerror}", Plain(str(path))) from None
-        with self._connections.open("POST", "/v1/models", parts=[data]) as response:
-            return str(wire.load(response.read(), "answer")["digest"])
+        data = read()
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        with self._lock:
+            known = digest in self._sent
+        if not known:
+            with self.connections.open("POST", "/v1/models", parts=[data]) as response:
+                response.read()
+            with self._lock:
+                self._sent.add(digest)
+        return digest

@@ -12,6 +12,7 @@ import pytest
 import torch
 from jacray.events import JobDone, JobStarted, ShardDone
 from jacray_workers.models import as_model
+from torch import nn
 
 from tests.service.http.test_http_compute import NET
 from tests.serving import BOB, Server
@@ -123,6 +124,54 @@ def test_cancel_ends_a_job_soon(server: Server) -> None:
         assert time.monotonic() - began < 30
         assert job.status().state == "cancelled"
         assert not job.cancel()
+
+
+class Handmade(nn.Module):
+    """No spec describes it: it travels as a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.sin(x * self.scale) @ torch.ones(3, 2)) ** 2
+
+
+def test_a_module_travels_as_a_graph(server: Server) -> None:
+    model = Handmade().train()
+    with server.client() as client:
+        for _ in range(2):
+            here = jacray.compute(model, X, method="reverse", wrt=["inputs", "scale"])
+            for there in (
+                client.compute(model, X, method="reverse", wrt=["inputs", "scale"]),
+                client.submit(model, X, method="reverse", wrt=["inputs", "scale"]).result(timeout=60),
+            ):
+                assert list(there.jacobian) == list(here.jacobian)
+                for name in here.jacobian:
+                    torch.testing.assert_close(
+                        torch.as_tensor(np.asarray(there.jacobian[name])),
+                        torch.as_tensor(np.asarray(here.jacobian[name])),
+                    )  # fmt: skip
+            with torch.no_grad():
+                model.scale.data.mul_(2)  # what was sent ahead must not be used again
+    assert model.training
+
+
+def test_what_cannot_be_exported_is_told_what_to_do(server: Server) -> None:
+    def branches(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if bool(x.sum() > 0) else x
+
+    with server.client() as client, pytest.raises(jacray.ModelError, match=r"export"):
+        client.submit(branches, X)
+
+
+def test_what_was_deleted_is_sent_again(server: Server) -> None:
+    model = Handmade()
+    with server.client() as client:
+        first = client.compute(model, X, method="reverse")
+        for upload in server.ask("GET", "/v1/models")[2]["models"]:
+            assert server.ask("DELETE", f"/v1/models/{upload['digest']}")[0] == 204
+        assert torch.equal(client.compute(model, X, method="reverse").jacobian, first.jacobian)
 
 
 def test_jobs_can_be_awaited(server: Server) -> None:

@@ -1,0 +1,68 @@
+"""Bring a job's result into a run folder, some megabytes at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jacray_workers.errors import Plain, UserError
+from jacray_workers.plan import ArrayPlan
+
+from jacray.http import wire
+from jacray.http.connection import Connections
+from jacray.http.remote_job import RemoteJob
+from jacray.plans import read_plan
+
+PIECE = 1 << 26
+
+
+def fetch(job: RemoteJob, connections: Connections, to: Path) -> Path:
+    """Write `results.zarr` and `receipt.json` of a job that is done; `jacray.load(to)` opens them.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        UserError: the folder is there already.
+        JacrayError: the job has no result.
+    """
+    from jacray.store import create, write_block
+
+    if to.exists() and any(to.iterdir() if to.is_dir() else (to,)):
+        raise UserError("to", "must be a new folder or an empty one", Plain(str(to)))
+    receipt = connections.json("GET", f"/v1/jobs/{job.id}/receipt")
+    plan = read_plan(receipt["plan"])
+    structure = _structure(job, connections)
+    beside = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        made = create(beside / "results.zarr", plan, structure)
+        for array in plan.arrays:
+            for start, stop in _ranges(array, plan.samples):
+                write_block(made, array, job.array(array.key, start, stop), start)
+        (beside / "receipt.json").write_text(json.dumps(receipt, indent=1), encoding="utf-8")
+        if to.exists():
+            to.rmdir()
+        beside.rename(to)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return to
+
+
+def _structure(job: RemoteJob, connections: Connections) -> dict[str, Any]:
+    """The results' trees, from the head of a message that holds one sample."""
+    query = {"start": 0, "stop": 1}
+    data = connections.tensors(f"/v1/jobs/{job.id}/result", [], method="GET", query=query)
+    found: dict[str, Any] = wire.read_header(data).about["results"]
+    return found
+
+
+def _ranges(array: ArrayPlan, samples: int) -> list[tuple[int, int]]:
+    """Samples of some megabytes; all at once where an array has none, or is in factors."""
+    if array.axis < 0 or array.factored:
+        return [(0, samples)]
+    item = int("".join(c for c in array.dtype if c.isdigit())) // 8
+    step = max(PIECE // max(array.size // samples * item, 1), 1)
+    return [(start, min(start + step, samples)) for start in range(0, samples, step)]
