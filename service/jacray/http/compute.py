@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 from jacray_workers.errors import JacrayError
+from torch import nn
 
+from jacray.api import compute
 from jacray.http import channel, wire
 from jacray.http.messages import RECEIPT, Message, lists, raw
 from jacray.http.problems import problem
@@ -160,6 +162,13 @@ def _bound_memory(most: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
+def _load_everything() -> None:
+    """Compute something small: what is loaded when it is first needed should not be loaded while somebody waits."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    for wrt in ("inputs", "params"):
+        compute(net, torch.zeros(2, 2), wrt=wrt)
+
+
 def serve(sock: socket.socket, worker: Worker) -> None:
     """Answer until the other side leaves."""
     while (found := channel.receive(sock)) is not None:
@@ -183,6 +192,7 @@ def main(arguments: Sequence[str]) -> int:
     _bound_memory(told["process_bytes"])
     limits = Limits(told["result_bytes"], told["file_bytes"], told["json_numbers"], Path(told["folder"]))
     warm = Warm(Settings(told["warm_bytes"], told["memory_bytes"], Path(told["base"]), tuple(told["import_prefixes"])))
+    _load_everything()
     channel.send(sock, {"ready": os.getpid()})
     serve(sock, Worker(warm, limits))
     return 0

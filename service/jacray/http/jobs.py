@@ -356,6 +356,9 @@ class Jobs:
         elif kind == "ShardDone":
             record.told["samples_done"] = record.told.get("samples_done", 0) + event["samples"]
             record.told["shards_done"] = record.told.get("shards_done", 0) + 1
+        elif kind == "ShardsKept":
+            record.told["samples_done"] = record.told.get("samples_done", 0) + event["samples"]
+            record.told["shards_done"] = record.told.get("shards_done", 0) + event["shards"]
         elif kind == "ShardRetried":
             record.told["retries"] = record.told.get("retries", 0) + 1
             self.metrics.retried()

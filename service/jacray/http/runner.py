@@ -95,7 +95,7 @@ class Runner:
         asked = read_asked(head["item"], _mapped(head["item"].get("file")))
         model = build_model(asked.model, Path(self.told["base"]), tuple(self.told["import_prefixes"]))
         request = bounded(asked.request, self.told["memory_bytes"])
-        job = self.client.submit(model, asked.inputs, request=_explicit(request))
+        job = self.client.submit(model, asked.inputs, request=_explicit(request), user=head["user"])
         with self._lock:
             self._jobs[head["job"]] = job
             ended = head["job"] in self._ended
