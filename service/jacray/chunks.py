@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable
 
 from jacray_workers.plan import ArrayPlan, Plan
+from jacray_workers.rowcuts import box, out_shapes
 
-CHUNK_BYTES = 1 << 26
+# A chunk is what is checked and read at once: enough that files are few, little enough that a slice reads little else.
+CHUNK_BYTES = 1 << 24
 SMALL_BYTES = 1 << 20
-LARGE_BYTES = 1 << 29
+LARGE_BYTES = 1 << 28
 
 
 def chunk_shape(array: ArrayPlan, plan: Plan) -> tuple[int, ...]:
@@ -20,10 +22,12 @@ def chunk_shape(array: ArrayPlan, plan: Plan) -> tuple[int, ...]:
     """
     shape = [max(n, 1) for n in array.shape]
     item = int(array.dtype.removeprefix("float")) // 8
+    fixed = _rows(array, plan)
+    shape[1 : 1 + len(fixed)] = fixed
     if array.axis >= 0:
         per_sample = math.prod(shape) // shape[array.axis] * item
         shape[array.axis] = _samples(min(plan.shard_size, shape[array.axis]), per_sample)
-    for axis in _largest_first(shape, array.axis):
+    for axis in _largest_first(shape, (array.axis, *range(1, 1 + len(fixed)))):
         rest = math.prod(shape) // shape[axis] * item
         if rest * shape[axis] > LARGE_BYTES:
             shape[axis] = max(1, CHUNK_BYTES // rest)
@@ -45,8 +49,18 @@ def _divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def _largest_first(shape: list[int], axis: int) -> list[int]:
-    return sorted((i for i in range(len(shape)) if i != axis), key=lambda i: -shape[i])
+def _largest_first(shape: list[int], but: tuple[int, ...]) -> list[int]:
+    return sorted((i for i in range(len(shape)) if i not in but), key=lambda i: -shape[i])
+
+
+def _rows(array: ArrayPlan, plan: Plan) -> list[int]:
+    """The chunk's sizes along the output's axes, where shards hold some rows only: those of the first range."""
+    if not plan.row_cuts or array.name != "jacobian":
+        return []
+    shapes = out_shapes(plan)
+    before = sum(math.prod(shape) for out, shape in shapes.items() if out < array.out)
+    stop = next(cut for cut in plan.row_cuts if cut > before)
+    return [s.stop - s.start for s in box(shapes[array.out], 0, stop - before)]
 
 
 def dimension_names(arrays: Iterable[ArrayPlan]) -> dict[str, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import uuid
@@ -16,6 +17,7 @@ from jacray_workers.errors import JobError, RequestError
 from jacray_workers.models import as_model
 from jacray_workers.plan import Plan
 from jacray_workers.request import Request, make_request
+from jacray_workers.sources.loaded import Loaded
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -30,8 +32,10 @@ from jacray.fields import AllFields
 from jacray.job import Job
 from jacray.journal import differing
 from jacray.limits import Door, Limits, Load
+from jacray.outcome import begin_store
 from jacray.receipt import Ledger
 from jacray.result import Result
+from jacray.target import Target, as_target
 
 
 class Client:
@@ -111,6 +115,7 @@ class Client:
         x: Any,
         *,
         request: Request | None = None,
+        to: str | os.PathLike[str] | Target | None = None,
         key: str | None = None,
         on_error: OnError = "fail",
         user: str = "",
@@ -122,8 +127,12 @@ class Client:
 
         Args:
             model: an `nn.Module`, a callable of tensors or a model spec.
-            x: a tensor or a pytree of tensors, the batch first.
+            x: a tensor or a pytree of tensors, the batch first; or what `jacray_workers.sources` loaded, whose fields
+                are then kept with the results.
             request: a request made before; `fields` change some of it.
+            to: a folder that every worker reaches, or a URL such as `s3://BUCKET/RUN`. Workers write their blocks into
+                its `results.zarr` as they go, and the result is read from there when it is sliced, so it may be larger
+                than memory. None gives the result in memory.
             key: an idempotency key. The job that was submitted with it before is given back, unless it failed or was
                 cancelled: then it is started again.
             on_error: what a shard that always fails does. `fail` ends the job with its error; `skip` finishes the
@@ -140,17 +149,18 @@ class Client:
             raise JobError("client", "is closed", None, "make a new jacray.Client")
         asked = self._completed(make_request(request, **fields))
         module = as_model(model)
+        ask = _Ask(module, x if isinstance(x, Loaded) else Loaded(x), asked, None if to is None else as_target(to))
         if key is None:
-            return self._start(module, x, asked, on_error, user)
+            return self._start(ask, on_error, user)
         # One at a time, so that two threads with one key cannot both be first.
         with self._submitting:
-            found = digests(module, x, asked, self._executor.threads)
+            found = digests(module, ask.loaded.inputs, asked, self._executor.threads)
             known = self._keyed.get(key)
             if known is not None and known.digests != found:
                 changed = "; ".join(differing(known.digests, found))
                 raise JobError("key", f"was used for another job ({changed})", key, "use a new key")
             if known is None or known.job.status().state in ("failed", "cancelled"):
-                known = self._keyed[key] = _Keyed(self._start(module, x, asked, on_error, user), found)
+                known = self._keyed[key] = _Keyed(self._start(ask, on_error, user), found)
             return known.job
 
     def scale(self, workers: int) -> None:
@@ -193,12 +203,12 @@ class Client:
             changes["device"] = self._executor.device
         return make_request(request, **changes) if changes else request
 
-    def _start(self, module: Any, x: Any, asked: Request, on_error: OnError, user: str) -> Job:
-        load = Load(1, 0, _nbytes(module, x))
+    def _start(self, ask: _Ask, on_error: OnError, user: str) -> Job:
+        load = Load(1, 0, _nbytes(ask.module, ask.loaded.inputs))
         with self._door.trying(load):
             began = time.perf_counter()
             with torch_threads(self._executor.threads):
-                prepared = prepare(module, x, asked, workers=self._executor.workers)
+                prepared = prepare(ask.module, ask.loaded.inputs, ask.request, workers=self._executor.workers)
             plan = replace(_in_shards(prepared.plan, self._shard_size), threads=self._executor.threads)
             check_on_error(on_error, plan)
             ledger = Ledger(self._describe(), job=uuid.uuid4().hex[:12])
@@ -208,7 +218,9 @@ class Client:
                 began = time.perf_counter()
                 # As tensors, whatever they were given as, in the structure that the model takes.
                 inputs = pytree.tree_unflatten(list(prepared.leaves), prepared.problem.call.spec)
-                task = self._executor.keep(ledger.job, Payload(module, inputs, asked, plan))
+                if ask.target is not None:
+                    begin_store(ask.target, prepared, plan, ask.loaded.fields, ask.loaded.start)
+                task = self._executor.keep(ledger.job, Payload(ask.module, inputs, ask.request, plan, ask.target))
                 task.user, task.timeout = user, self._shard_timeout
                 ledger.seconds["send"] = time.perf_counter() - began
                 # What is left of the preparation only gives the results their structure.
@@ -245,6 +257,16 @@ class Client:
 
 
 @dataclass(frozen=True)
+class _Ask:
+    """What was submitted: a module, its inputs, what to compute, and where the result goes."""
+
+    module: nn.Module
+    loaded: Loaded
+    request: Request
+    target: Target | None
+
+
+@dataclass(frozen=True)
 class _Work:
     """What a job's thread needs."""
 
@@ -265,7 +287,7 @@ class _Keyed:
 
 def _in_shards(plan: Plan, size: int | None) -> Plan:
     """The plan with shards of about so many samples: whole chunks each, or smaller chunks where these are larger."""
-    if size is None:
+    if size is None or plan.row_cuts:
         return plan
     chunk = min(plan.chunk_size, size)
     return replace(plan, chunk_size=chunk, shard_size=min(plan.samples, size // chunk * chunk))

@@ -6,9 +6,9 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from jacray_workers.engine import Prepared, assemble, run_shard
+from jacray_workers.engine import Prepared, run_shard
 from jacray_workers.errors import StorageError
 from jacray_workers.plan import Plan
 
@@ -16,7 +16,8 @@ from jacray import receipt
 from jacray.events import Event, JobStarted, ShardDone, ShardFailed, ShardRetried, ShardsKept
 from jacray.executors.base import Begun, Done, Executor, Failed, Retried, Step, Task
 from jacray.failures import Failures, OnError
-from jacray.gather import Gather
+from jacray.gather import Gather, Gathering
+from jacray.outcome import gathering, outcome
 from jacray.receipt import Ledger
 from jacray.result import Result
 
@@ -44,7 +45,7 @@ def compute_here(prepared: Prepared, planned: float) -> Result:
         gather.add(result)
         ledger.done(result, "function")
     ledger.seconds.update(plan=planned, compute=time.perf_counter() - began)
-    return _result(prepared, gather.finish(), prepared.plan, ledger)
+    return _result(prepared, gather, prepared.plan, ledger)
 
 
 def drive(
@@ -75,7 +76,8 @@ def drive(
         Exception: what the model raised.
     """
     run = _Drive(executor, task, ledger, emit, record, on_error)
-    return _result(prepared, run.blocks(), task.plan, ledger)
+    run.compute()
+    return _result(prepared, run.gather, task.plan, ledger)
 
 
 class _Drive:
@@ -92,13 +94,13 @@ class _Drive:
     ) -> None:
         self.executor, self.task, self.plan = executor, task, task.plan
         self.ledger, self.emit, self.record = ledger, emit, record
-        self.gather = Gather(task.plan)
+        self.gather = gathering(task.plan, task.target)
         self.failures = Failures(on_error, keeps=record is not None and record.keeps)
         self.skips = on_error == "skip"
         self.kept = ShardsKept(task.id, 0.0, 0, 0)
 
-    def blocks(self) -> dict[str, Any]:
-        """Compute what is left to compute, and give every array by key."""
+    def compute(self) -> None:
+        """Compute what is left to compute."""
         queued = began = time.perf_counter()
         self._resume()
         if self.kept.shards == self.plan.shard_count:
@@ -112,7 +114,6 @@ class _Drive:
                     self._take(step)
         self.failures.finish(self.ledger.shards_done)
         self.ledger.seconds.update(queue=began - queued, compute=time.perf_counter() - began)
-        return self.gather.finish()
 
     def _steps(self) -> Iterator[Step]:
         steps = self.executor.run(self.task, self.gather.into)
@@ -174,7 +175,5 @@ class _Drive:
             self.ledger.skip(step)
 
 
-def _result(prepared: Prepared, blocks: dict[str, Any], plan: Plan, ledger: Ledger) -> Result:
-    """The user's structures. The receipt is written when somebody reads it: a small call should not pay for it."""
-    values = assemble(replace(prepared, plan=plan), blocks)
-    return Result(values, plan, lambda: receipt.build(plan, prepared.request, ledger))
+def _result(prepared: Prepared, gathered: Gathering, plan: Plan, ledger: Ledger) -> Result:
+    return outcome(prepared, gathered, plan, lambda: receipt.build(plan, prepared.request, ledger))

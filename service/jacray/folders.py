@@ -122,31 +122,39 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
+def room(path: Path) -> Iterator[None]:
+    """Room for a new run in a folder: what an earlier run left there goes when the block ends well.
 
-    A run that was there before is replaced whole; files in its folder that no run wrote are kept.
-
-    Yields:
-        The folder to write to.
+    When it does not, the new run goes and the earlier one is as it was. Files that no run wrote stay in any case.
     """
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
-    fresh = path.parent / f".{path.name}.new-{mark}"
-    fresh.mkdir()
+    fresh = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / f".old-{os.getpid()}-{secrets.token_hex(4)}"
     try:
-        yield fresh
+        _move_ours(path, aside)
+        yield
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        _remove_ours(path)
+        _move_ours(aside, path)
+        if fresh:
+            with contextlib.suppress(OSError):  # somebody else put a file there meanwhile
+                path.rmdir()
         raise
-    if not path.exists():
-        fresh.rename(path)
-        return
-    old = path.parent / f".{path.name}.old-{mark}"
-    path.rename(old)
-    fresh.rename(path)
-    for entry in old.iterdir():
-        if entry.name not in OURS:
-            entry.rename(path / entry.name)
-    shutil.rmtree(old)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_ours(here: Path, there: Path) -> None:
+    for name in OURS:
+        if (here / name).exists():
+            there.mkdir(exist_ok=True)
+            (here / name).rename(there / name)
+
+
+def _remove_ours(path: Path) -> None:
+    for name in OURS:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name, ignore_errors=True)
+        else:
+            (path / name).unlink(missing_ok=True)

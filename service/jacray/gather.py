@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from jacray_workers.errors import InputError
 from jacray_workers.plan import ArrayPlan, Plan, Shard
+from jacray_workers.rowcuts import place
 from jacray_workers.shard import ShardResult
 from torch import Tensor
 
@@ -37,23 +38,28 @@ class Sum:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.count = 0
-        self.waiting: dict[int, Tensor] = {}
+        self.waiting: dict[int, Tensor | None] = {}
+        self._own = False
 
-    def add(self, index: int, part: Tensor) -> None:
-        """Take the part of the shard at this index."""
+    def add(self, index: int, part: Tensor | None) -> None:
+        """Take the part of the shard at this index; None where it has none."""
         self.waiting[index] = part
         while self.count in self.waiting:
             self._grow(self.waiting.pop(self.count))
             self.count += 1
 
-    def _grow(self, part: Tensor) -> None:
-        if self.total is None:
-            self.total = part
+    def result(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """The sum of all parts; zero where there are none."""
+        return torch.zeros(shape, dtype=dtype) if self.total is None else self.total.to(dtype)
+
+    def _grow(self, part: Tensor | None) -> None:
+        if part is None or self.total is None:
+            self.total = part if self.total is None else self.total
             return
-        if self.count == 1:
+        if not self._own:
             # Float64 keeps the sum of many partial sums from drifting with their number; a copy, for the first part
             # may lie in memory that is not ours to change.
-            self.total = self.total.to(torch.float64, copy=True)
+            self.total, self._own = self.total.to(torch.float64, copy=True), True
         self.total += part
 
 
@@ -105,7 +111,8 @@ class Gather:
 
     def into(self, shard: Shard) -> dict[str, Tensor]:
         """The parts of the arrays that belong to a shard, to be written to."""
-        return {key: self._part(array, shard) for key, array in self.placed.items()}
+        parts = {key: self._part(array, shard) for key, array in self.placed.items()}
+        return {key: part for key, part in parts.items() if part is not None}
 
     def add(self, result: ShardResult) -> None:
         """Take a shard's blocks; nothing of theirs is referred to afterwards but what must wait for the others."""
@@ -118,7 +125,7 @@ class Gather:
         for key, parts in self.factored.items():
             parts[shard.index] = result.blocks[key]
         for key, total in self.sums.items():
-            total.add(shard.index, result.blocks[key])
+            total.add(shard.index, result.blocks.get(key))
 
     def skip(self, shard: Shard) -> None:
         """Take note that a shard is given up: its samples are NaN in every array."""
@@ -140,11 +147,13 @@ class Gather:
             parts = [part for _, part in sorted(self.factored[array.key].items())]
             return parts[0] if len(parts) == 1 else type(parts[0]).cat(parts)
         if array.axis < 0:
-            total = self.sums[array.key].total
-            return None if total is None else total.to(getattr(torch, array.dtype))
+            return self.sums[array.key].result(getattr(torch, array.dtype), array.shape)
         return self.whole[array.key]
 
-    def _part(self, array: ArrayPlan, shard: Shard) -> Tensor:
+    def _part(self, array: ArrayPlan, shard: Shard) -> Tensor | None:
+        where = place(self.plan, array, shard)
+        if where is None:
+            return None
         if array.key not in self.whole:
             self.whole[array.key] = torch.empty(array.shape, dtype=getattr(torch, array.dtype))
-        return self.whole[array.key].narrow(array.axis, shard.start, shard.stop - shard.start)
+        return self.whole[array.key][where]

@@ -69,6 +69,9 @@ class Output(Spec):
     )
     report: StrictBool = True
     overwrite: StrictBool = Field(default=False, description="replace the run of another spec")
+    compression: Literal["zstd", "gzip", "blosc"] | None = Field(
+        default=None, description="how blocks are compressed; Jacobians hardly are, and it costs time"
+    )
 
 
 class RunSpec(Spec):

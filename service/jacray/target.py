@@ -38,8 +38,36 @@ class Target:
         """Where the numbers are: the zarr group."""
         return f"{self.url}/{RESULTS}"
 
+    def read(self, name: str) -> str | None:
+        """The text of a file beside the numbers; None where there is none."""
+        try:
+            if self.path is not None:
+                return (self.path / name).read_text(encoding="utf-8")
+            return str(self._files().read_text(f"{self.url}/{name}", encoding="utf-8"))
+        except FileNotFoundError:
+            return None
 
-def as_target(to: str | os.PathLike[str] | Target) -> Target:
+    def write(self, name: str, text: str) -> None:
+        """Put a text beside the numbers, whole or not at all."""
+        if self.path is None:
+            self._files().pipe_file(f"{self.url}/{name}", text.encode())
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        beside = self.path / f".{name}.{os.getpid()}"
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(self.path / name)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+
+    def _files(self) -> Any:
+        import fsspec
+
+        return fsspec.core.url_to_fs(self.url, **self.options)[0]
+
+
+def as_target(to: Any) -> Target:
     """The target that a user means; relative paths start from the folder one stands in.
 
     Raises:

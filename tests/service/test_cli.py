@@ -286,10 +286,11 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(small, capsys, monkeypatc
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jacray.store.write_block", full)
+    monkeypatch.setattr("zarr.storage._local._put", full)
     code, line = failure_after_progress(capsys, "run", small)
     assert code == 1
-    assert "output.path: could not be written: No space left on device; got out" in line
+    assert "must take what is written there, but: No space left on device" in line
+    assert "free there. make room, then run it again" in line
     assert sorted(p.name for p in Path().iterdir()) == ["small.yaml"]
 
 

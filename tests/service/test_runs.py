@@ -14,9 +14,9 @@ import torch
 import xarray
 from jacray import emit, spec, store
 from jacray.cli import main
-from jacray.folders import RunFolder, differences, replacing
+from jacray.folders import RunFolder, differences, room
 from jacray_workers.blocks.block import Block
-from jacray_workers.errors import SpecError, UserError
+from jacray_workers.errors import SpecError, StorageError, UserError
 from safetensors.torch import save_file
 
 DATA = {
@@ -116,7 +116,7 @@ def test_a_slice_does_not_touch_other_chunks():
         chunk.write_bytes(b"not a chunk")
     again = jacray.load("runs/a").arrays["jacobian"]
     assert (again[: again.chunks[0]][:2] == kept).all()
-    with pytest.raises(ValueError, match="dtype"):
+    with pytest.raises(StorageError, match="must hold what was written, but a block is damaged"):
         again[4:6]
 
 
@@ -182,17 +182,33 @@ def test_overrides_and_the_plans_decisions_stand_in_the_spec():
 # Writing --------------------------------------------------------------------------------------------------------
 
 
-def test_a_failure_while_writing_leaves_the_old_run_and_nothing_else(monkeypatch):
-    run()
-    before = {p: p.read_bytes() for p in Path("runs/a").rglob("*") if p.is_file()}
+def everything(folder):
+    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
+
+def test_a_run_that_fails_leaves_the_old_run_and_nothing_else(monkeypatch):
+    run()
+    before = everything("runs")
+
+    def broken(*_args, **_kwargs):
+        raise RuntimeError("no sum")
+
+    monkeypatch.setattr("jacray.store.Collector.finish", broken)
+    assert main(["run", "job.yaml", "request.seed=5", "output.overwrite=true"]) == 2
+    assert everything("runs") == before
+
+
+def test_a_report_that_fails_costs_no_numbers(monkeypatch):
     def broken(*_args, **_kwargs):
         raise RuntimeError("no picture")
 
     monkeypatch.setattr("jacray.report.write_report", broken)
+    Path("job.yaml").write_text(emit.dump(DATA))
     assert main(["run", "job.yaml", "output.report=true"]) == 2
-    assert {p: p.read_bytes() for p in Path("runs/a").rglob("*") if p.is_file()} == before
-    assert [p.name for p in Path("runs").iterdir()] == ["a"]
+    found = jacray.load("runs/a")
+    assert found.complete
+    assert found.jacobian.shape == (6, 3, 2)
+    assert found.receipt["spec"]["inputs"]["shape"] == [6, 2]
 
 
 def test_files_of_the_users_own_stay_and_other_folders_are_refused(capsys):
@@ -216,21 +232,31 @@ def test_where_the_job_ran_makes_no_other_spec():
     assert jacray.load("runs/a").receipt["spec"]["cluster"]["workers"] == 1
 
 
-def test_a_folder_appears_whole_or_not_at_all():
-    with pytest.raises(FileNotFoundError), replacing(Path("x/y")) as fresh:
-        shutil.copy("nothing", fresh / "spec.yaml")
+def half_written(error):
+    with room(Path("x/y")):
+        assert not Path("x/y/spec.yaml").exists()
+        Path("x/y/spec.yaml").write_text("half")
+        Path("x/y/results.zarr").mkdir()
+        raise error
+
+
+def test_a_new_run_takes_the_place_of_the_old_or_vanishes():
+    with pytest.raises(OSError, match="gone"):
+        half_written(OSError("gone"))
     assert list(Path("x").iterdir()) == []
-    with replacing(Path("x/y")) as fresh:
-        (fresh / "spec.yaml").write_text("whole")
-        assert not Path("x/y").exists()
+    with room(Path("x/y")):
+        Path("x/y/spec.yaml").write_text("whole")
+    with pytest.raises(KeyboardInterrupt):
+        half_written(KeyboardInterrupt())
+    assert {p.name: p.read_text() for p in Path("x/y").iterdir()} == {"spec.yaml": "whole"}
     assert RunFolder(Path("x/y")).is_run
 
 
 def test_a_link_to_a_folder_stays_a_link():
     Path("real").mkdir()
     Path("link").symlink_to("real")
-    with replacing(Path("link")) as fresh:
-        (fresh / "spec.yaml").write_text("new")
+    with room(Path("link")):
+        Path("link/spec.yaml").write_text("new")
     assert Path("link").is_symlink()
     assert Path("real/spec.yaml").read_text() == "new"
 

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jacray import store
 from jacray.chunks import CHUNK_BYTES, LARGE_BYTES, chunk_shape, dimension_names
+from jacray.target import Target
 from jacray.trees import from_json, to_json
 from jacray_workers.blocks.block import Block
 from jacray_workers.blocks.terms import Outer
-from jacray_workers.errors import UserError
+from jacray_workers.errors import JobError, UserError
 from jacray_workers.plan import ArrayPlan, Candidate, Plan
 
 from tests.door import compute
@@ -60,7 +61,11 @@ def structure(*arrays):
 
 def made(path, *arrays, **fields):
     p = plan(*arrays)
-    return store.create(path, p, structure(*arrays), **fields)
+    return store.create(Target(str(path)), p, structure(*arrays), **fields)
+
+
+def opened_again(path):
+    return store.open_store(Target(str(path)))
 
 
 # Layout ---------------------------------------------------------------------------------------------------------
@@ -120,31 +125,39 @@ def test_blocks_written_shard_by_shard_read_back_whole_and_in_part(tmp_path):
         "weighted_gradient": torch.arange(80.0).reshape(4, 10, 2),
         "mean_jacobian": torch.arange(6.0, dtype=torch.float64).reshape(3, 2),
     }
-    opened = made(tmp_path / "r.zarr", JACOBIAN, MANY, SUM)
+    opened = made(tmp_path, JACOBIAN, MANY, SUM)
     for shard in [opened.plan.shard(i) for i in (2, 0, 1)]:
         for a in (JACOBIAN, MANY):
             part = values[a.key].narrow(a.axis, shard.start, shard.stop - shard.start)
             store.write_block(opened, a, part, shard.start)
     store.write_block(opened, SUM, values["mean_jacobian"])
-    again = store.open_store(tmp_path / "r.zarr")
+    again = opened_again(tmp_path)
     for key, value in values.items():
         assert torch.equal(store.read_block(again, again.arrays[key]), value)
     assert torch.equal(store.read_block(again, MANY, 3, 6), values["weighted_gradient"][:, 3:6])
-    node = zarr.open_group(tmp_path / "r.zarr", mode="r")["jacobian"]
+    node = zarr.open_group(tmp_path / "results.zarr", mode="r")["jacobian"]
     assert node.chunks == (4, 3, 2)
-    assert node.compressors == ()
+    assert [type(codec).__name__ for codec in node.compressors] == ["Crc32cCodec"]  # a checksum, no compression
 
 
-def test_what_was_never_written_is_nan_and_not_zero(tmp_path):
-    opened = made(tmp_path / "r.zarr", JACOBIAN)
+def test_what_was_never_written_is_told_and_looks_like_no_zero_elsewhere(tmp_path):
+    opened = made(tmp_path, JACOBIAN)
     store.write_block(opened, JACOBIAN, torch.ones(4, 3, 2), 0)
-    found = store.read_block(opened, JACOBIAN)
-    assert bool((found[:4] == 1).all())
-    assert bool(found[4:].isnan().all())
+    assert bool((store.read_block(opened, JACOBIAN, 0, 4) == 1).all())
+    with pytest.raises(JobError, match="holds no numbers of jacobian yet for these; got samples 4 to 7"):
+        store.read_block(opened, JACOBIAN)
+    seen = xarray.open_zarr(tmp_path / "results.zarr", consolidated=False).jacobian
+    assert bool(seen[4:].isnull().all())
+
+
+def test_a_block_of_nan_counts_as_written(tmp_path):
+    opened = made(tmp_path, JACOBIAN)
+    store.write_block(opened, JACOBIAN, torch.full((10, 3, 2), float("nan")))
+    assert bool(store.read_block(opened, JACOBIAN).isnan().all())
 
 
 def test_bfloat16_is_kept_as_float32(tmp_path):
-    opened = made(tmp_path / "r.zarr", JACOBIAN)
+    opened = made(tmp_path, JACOBIAN)
     store.write_block(opened, JACOBIAN, torch.ones(10, 3, 2, dtype=torch.bfloat16))
     assert store.read_block(opened, JACOBIAN).dtype == torch.float32
 
@@ -155,16 +168,17 @@ def test_a_block_in_factors_is_kept_in_factors(tmp_path):
     block = compute(model, x, wrt="params", form="factors", method="layerwise").jacobian["weight"]
     assert any(isinstance(term, Outer) for term in block.terms)
     weight = array("jacobian.w", (10, 2, 2, 5), ("sample", "output_0", "w_0", "w_1"), factored=True)
-    opened = made(tmp_path / "r.zarr", weight)
-    store.write_block(opened, weight, block)
-    again = store.open_store(tmp_path / "r.zarr")
+    opened = made(tmp_path, weight)
+    for shard in opened.plan.shards():
+        store.write_block(opened, weight, block[shard.start : shard.stop], shard.start)
+    again = opened_again(tmp_path)
     found = store.read_block(again, weight)
     assert isinstance(found, Block)
     assert torch.equal(found.dense(), block.dense())
     part = store.read_block(again, weight, 2, 5)
     assert isinstance(part, Block)
     assert torch.equal(part.dense(), block.dense()[2:5])
-    assert set(xarray.open_zarr(tmp_path / "r.zarr", consolidated=False).data_vars) == set()
+    assert set(xarray.open_zarr(tmp_path / "results.zarr", consolidated=False).data_vars) == set()
 
 
 # Seen from outside ----------------------------------------------------------------------------------------------
@@ -172,9 +186,9 @@ def test_a_block_in_factors_is_kept_in_factors(tmp_path):
 
 def test_xarray_opens_the_group_with_named_dimensions_and_numbered_samples(tmp_path):
     target = torch.arange(10)
-    opened = made(tmp_path / "r.zarr", JACOBIAN, MANY, SUM, samples={"target": target, "output_0": target}, start=5)
+    opened = made(tmp_path, JACOBIAN, MANY, SUM, samples={"target": target, "output_0": target}, start=5)
     store.write_block(opened, JACOBIAN, torch.arange(60.0).reshape(10, 3, 2))
-    found = xarray.open_zarr(tmp_path / "r.zarr", consolidated=False)
+    found = xarray.open_zarr(tmp_path / "results.zarr", consolidated=False)
     assert found.jacobian.dims == ("sample", "output_0", "input_0")
     assert found.sample.values.tolist() == list(range(5, 15))
     assert found.jacobian.sel(sample=6).values.tolist() == [[6.0, 7.0], [8.0, 9.0], [10.0, 11.0]]
@@ -191,34 +205,34 @@ def test_xarray_opens_the_group_with_named_dimensions_and_numbered_samples(tmp_p
 def test_any_name_can_be_a_key(tmp_path, key):
     odd = array(key, (10, 2), ("sample", "x_0"))
     other = array(key + "y", (10, 2), ("sample", "x_0"))
-    opened = made(tmp_path / "r.zarr", odd, other)
+    opened = made(tmp_path, odd, other)
     store.write_block(opened, odd, torch.ones(10, 2))
     store.write_block(opened, other, torch.zeros(10, 2))
-    again = store.open_store(tmp_path / "r.zarr")
+    again = opened_again(tmp_path)
     assert bool((store.read_block(again, again.arrays[key]) == 1).all())
-    assert set(xarray.open_zarr(tmp_path / "r.zarr", consolidated=False).dims) == {"sample", "x_0"}
+    assert set(xarray.open_zarr(tmp_path / "results.zarr", consolidated=False).dims) == {"sample", "x_0"}
 
 
 def test_the_plan_comes_back_as_it_was(tmp_path):
-    opened = made(tmp_path / "r.zarr", JACOBIAN, SUM)
-    again = store.open_store(tmp_path / "r.zarr").plan
+    opened = made(tmp_path, JACOBIAN, SUM)
+    again = opened_again(tmp_path).plan
     assert again == opened.plan
     assert again.digest == opened.plan.digest
 
 
 @pytest.mark.parametrize("kind", ["missing", "foreign", "newer"])
 def test_what_is_no_store_of_ours_is_refused(tmp_path, kind):
-    path = tmp_path / "r.zarr"
+    path = tmp_path / "results.zarr"
     if kind == "foreign":
         zarr.create_group(path)
     if kind == "newer":
-        made(path, JACOBIAN)
+        made(tmp_path, JACOBIAN)
         group = zarr.open_group(path)
         group.attrs["jacray"] = {**group.attrs["jacray"], "format": 99}
     with pytest.raises(UserError) as caught:
-        store.open_store(path)
+        opened_again(tmp_path)
     assert str(path) in caught.value.argument
-    assert ("must have format 1" if kind == "newer" else "must be a store that jacray wrote") in caught.value.rule
+    assert ("must have format 2" if kind == "newer" else "must be a store that jacray wrote") in caught.value.rule
 
 
 # Structures -----------------------------------------------------------------------------------------------------

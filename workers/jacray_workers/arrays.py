@@ -161,7 +161,8 @@ class ArrayPlanner:
                 parts.append(self.problem.outs[out].key)
             if leaf >= 0 and not self.one_leaf:
                 parts.append(self.problem.leaves[leaf].key)
-        return ArrayPlan(name, ".".join(parts), out, leaf, shape, self.dtype, dims, axis)
+        outs = len(self.problem.outs[out].shape) if name in ("jacobian", "outputs") else 0
+        return ArrayPlan(name, ".".join(parts), out, leaf, shape, self.dtype, dims, axis, out_axes=outs)
 
 
 def structure(problem: Problem, request: Request, name: str, by_place: dict[tuple[int, int], object]) -> object:

@@ -47,7 +47,7 @@ class Prepared:
     leaves: tuple[Tensor, ...]
     cotangents: Directions | None = None
     tangents: Directions | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[Any, Any] = field(default_factory=dict)
 
 
 def prepare(model: Any, inputs: Any, request: Request, *, plan: Plan | None = None, workers: int = 1) -> Prepared:

@@ -90,7 +90,21 @@ class SpecError(UserError):
 
 
 class StorageError(UserError):
-    """Results cannot be written to or read from where they are kept: a full disk, a lost share, a damaged block."""
+    """Results cannot be written to or read from where they are kept: a full disk, a lost share, a damaged block.
+
+    Args:
+        argument, rule, value, way_out: as for every user's error.
+        errno: what the operating system called it, or 0.
+    """
+
+    def __init__(self, argument: str, rule: str, value: Any = None, way_out: str = "", errno: int = 0) -> None:
+        super().__init__(argument, rule, value, way_out)
+        self.errno = errno
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As for every user's error, with the number."""
+        kind, parts = super().__reduce__()
+        return kind, (*parts, self.errno)
 
 
 class JobError(UserError):

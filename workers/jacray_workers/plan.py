@@ -26,6 +26,7 @@ class ArrayPlan:
         dims: a name per axis.
         axis: which axis runs over the samples; -1 where the shards' arrays are added up instead.
         factored: the block is kept as factors; `shape` is what it stands for.
+        out_axes: how many axes behind the samples belong to the output, of a Jacobian or of outputs.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ArrayPlan:
     dims: tuple[str, ...]
     axis: int
     factored: bool = False
+    out_axes: int = 0
 
     @property
     def size(self) -> int:
@@ -74,16 +76,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit of work: a range of samples. It holds no tensor.
+    """A unit of work: a range of samples, or some output numbers of one sample. It holds no tensor.
 
     Attributes:
         index: its place among the job's shards.
         start, stop: the samples, half open.
+        rows: which of a sample's output numbers, half open, or None for all. The shard with the first of them also
+            gives every result of its samples that is not a Jacobian.
     """
 
     index: int
     start: int
     stop: int
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class Plan:
         batched: the model may be called on several samples at once; otherwise it is called on one at a time, or under
             `vmap`, which shows it one.
         cuts: where `chain` brackets the model, as text.
+        row_cuts: where one sample's output numbers are cut into shards, both ends included; empty where no sample is
+            too large for a shard.
         notes: what a reader should know: rungs that failed, outputs without derivative, coupled samples.
     """
 
@@ -131,22 +138,30 @@ class Plan:
     threads: int = 0
     batched: bool = True
     cuts: tuple[str, ...] = ()
+    row_cuts: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def row_parts(self) -> int:
+        """Into how many shards one range of samples is cut."""
+        return max(len(self.row_cuts) - 1, 1)
 
     @property
     def shard_count(self) -> int:
         """How many shards cover the samples."""
-        return -(-self.samples // self.shard_size)
+        return -(-self.samples // self.shard_size) * self.row_parts
 
     def shards(self) -> Iterator[Shard]:
-        """The shards in order; together they cover every sample exactly once."""
+        """The shards in order; together they cover every sample exactly once. Each is made when it is asked for."""
         for index in range(self.shard_count):
             yield self.shard(index)
 
     def shard(self, index: int) -> Shard:
         """The shard at this index."""
-        start = index * self.shard_size
-        return Shard(index, start, min(start + self.shard_size, self.samples))
+        place, part = divmod(index, self.row_parts)
+        start = place * self.shard_size
+        rows = (self.row_cuts[part], self.row_cuts[part + 1]) if self.row_cuts else None
+        return Shard(index, start, min(start + self.shard_size, self.samples), rows)
 
     def array(self, name: str) -> tuple[ArrayPlan, ...]:
         """The arrays that belong to one result."""

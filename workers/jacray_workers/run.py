@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from jacray_workers import rowcuts
 from jacray_workers.errors import BudgetError, JobError, NonFiniteError
 from jacray_workers.kernels import pick
 from jacray_workers.kernels.common import blocks_for
@@ -51,6 +53,23 @@ def run_shard(
         NonFiniteError: NaN or infinity, where the request forbids them.
         VerificationError: a checked sample disagrees with an independent computation.
     """
+    if shard.rows is None:
+        return _run(prepared, shard, cancelled, on_samples, into or {})
+    alone = replace(shard, rows=None)
+    parts = [_run(share, alone, cancelled, None, into or {}) for share in rowcuts.shares(prepared, shard)]
+    if on_samples is not None and shard.rows[1] == prepared.problem.rows:
+        on_samples(shard.stop - shard.start)
+    return rowcuts.merged(shard, parts)
+
+
+def _run(
+    prepared: Prepared,
+    shard: Shard,
+    cancelled: Callable[[], bool] | None,
+    on_samples: Callable[[int], None] | None,
+    into: dict[str, Tensor],
+) -> ShardResult:
+    """Compute a shard that holds all rows of its samples."""
     began = time.perf_counter()
     chunk, backoffs = prepared.plan.chunk_size, 0
     at = shard.start
@@ -61,7 +80,7 @@ def run_shard(
 
     with prepared.problem.session():
         # Inside, for a buffer made under the caller's inference mode could not be written to here.
-        buffers = _Buffers(prepared, shard, into or {})
+        buffers = _Buffers(prepared, shard, into)
         reducer = Reducer(prepared, shard, buffers, pause)
         while at < shard.stop:
             pause()

@@ -33,7 +33,7 @@ def plan_file(file: str, overrides: Sequence[str]) -> str:
 
 def run_file(file: str, overrides: Sequence[str], style: Style = "auto") -> None:
     """Compute what a file describes, write its folder, and print a summary."""
-    from jacray.folders import check_free
+    from jacray.folders import check_free, room
 
     began = time.perf_counter()
     run = read_run(file, overrides)
@@ -42,13 +42,15 @@ def run_file(file: str, overrides: Sequence[str], style: Style = "auto") -> None
     from jacray.work import make
 
     work = make(run)
-    result = compute(run, work, style)
+    with room(run.folder):
+        result = compute(run, work, style)
     folder = write(run, work, result)
     summary(work, result, folder, time.perf_counter() - began)
 
 
 def compute(run: Run, work: Work, style: Style = "auto") -> Result:
     """Run the job where the spec says, with its progress on stderr."""
+    from jacray import runs
     from jacray.client import Client
     from jacray.progress import progress
 
@@ -64,8 +66,11 @@ def compute(run: Run, work: Work, style: Style = "auto") -> Result:
             shard_size=cluster.shard_size,
         )
         with client:
-            job = client.submit(work.model, work.loaded.inputs, request=work.request, on_error=cluster.on_error)
+            job = client.submit(
+                work.model, work.loaded, request=work.request, to=runs.target(run), on_error=cluster.on_error
+            )
             _check_room(run, job.plan.bytes_out)
+            runs.begin(run, job.plan)
             with progress(job, style=style):
                 return job.result()
 

@@ -123,6 +123,7 @@ class Task:
         id: the job's id.
         plan: how it is computed.
         held: the executor's own handle on the work, a snapshot.
+        target: the store that its workers write into, or None.
         user: whose job it is; workers are shared fairly among users, then among a user's jobs.
         timeout: how many seconds a worker may take over one shard; None for any number.
         kept: indices of shards that were computed before.
@@ -132,6 +133,7 @@ class Task:
     id: str
     plan: Plan
     held: Any
+    target: Target | None = None
     user: str = ""
     timeout: float | None = None
     kept: Container[int] = ()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from jacray_workers.engine import prepare, run_shard
+from jacray_workers.engine import prepare
 from jacray_workers.errors import JacrayError
 from jacray_workers.plan import Shard
 
 from jacray.executors.base import Begun, Done, Failed, Into, Payload, Step, Task, samples_of, was_cancelled
 from jacray.executors.options import WorkerOptions
+from jacray.executors.shards import compute, writer_for
 from jacray.executors.threads import torch_threads
 from jacray.transport import unpack
 
@@ -42,7 +43,8 @@ class InlineExecutor:
         mine: Payload = unpack(payload.pack(copy=True), in_place=True)
         # Here and not in the job's thread: to prepare is to watch whether the model draws random numbers.
         with torch_threads(self.threads):
-            return Task(job, mine.plan, prepare(mine.model, mine.inputs, mine.request, plan=mine.plan))
+            prepared = prepare(mine.model, mine.inputs, mine.request, plan=mine.plan)
+        return Task(job, mine.plan, (prepared, writer_for(mine.target, mine.plan)), mine.target)
 
     def run(self, task: Task, into: Into) -> Iterator[Step]:
         """Compute the shards in order."""
@@ -70,7 +72,8 @@ class InlineExecutor:
             if task.cancelled.is_set():
                 raise was_cancelled(task)
             try:
-                return Done(run_shard(task.held, shard, cancelled=task.cancelled.is_set, into=into(shard)), self.name)
+                prepared, writer = task.held
+                return Done(compute(prepared, writer, shard, task.cancelled.is_set, into(shard)), self.name)
             except Exception as error:  # noqa: BLE001  (what the job does about it is for its driver to say)
                 if task.cancelled.is_set():
                     raise was_cancelled(task) from None

@@ -65,7 +65,7 @@ class RayExecutor:
         """Put the work into the object store; each worker takes it from there once."""
         self._start()
         packed = payload.pack(copy=False)
-        return Task(job, payload.plan, ray.put(packed))
+        return Task(job, payload.plan, ray.put(packed), payload.target)
 
     def run(self, task: Task, into: Into) -> Iterator[Step]:
         """Compute the shards on whichever workers are free."""

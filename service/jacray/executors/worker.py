@@ -6,16 +6,20 @@ import os
 import platform
 import traceback
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jacray_workers.engine import Prepared, prepare, run_shard
+from jacray_workers.engine import Prepared, prepare
 from jacray_workers.errors import CancelledError, ModelError, ShardError
 from jacray_workers.plan import Shard
 from jacray_workers.shard import ShardResult
 
 from jacray.executors.base import Payload
+from jacray.executors.shards import compute, writer_for
 from jacray.transport import Packed, fingerprint, pack, unpack
+
+if TYPE_CHECKING:
+    from jacray.store import Writer
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class _Open:
 
     packed: Packed
     prepared: Prepared | None = None
+    writer: Writer | None = None
     mark: int | None = None
 
 
@@ -92,7 +97,7 @@ class Worker:
         torch.set_num_threads(self.threads)
         try:
             reply = Reply(self._compute(task, shard, halvings))
-            placed = [reply.result.blocks[key] for key in self._placed(task)] if reply.result else []
+            placed = _placed(reply.result, self._tasks[task])
             return pack(reply, read_only=placed, compact=True)
         except Exception as error:  # noqa: BLE001  (everything a model raises goes to the caller as it is)
             return _pack_error(error)
@@ -114,14 +119,18 @@ class Worker:
         if halvings:
             smaller = max(1, prepared.plan.chunk_size >> halvings)
             prepared = replace(prepared, plan=replace(prepared.plan, chunk_size=smaller))
-        result = run_shard(prepared, shard, cancelled=lambda: task in self._cancelled)
+        result = compute(prepared, known.writer, shard, lambda: task in self._cancelled)
         if known.mark is not None:
             _refuse_writes(known)
         return result
 
-    def _placed(self, task: str) -> list[str]:
-        prepared = self._tasks[task].prepared
-        return [] if prepared is None else [a.key for a in prepared.plan.arrays if a.axis >= 0 and not a.factored]
+
+def _placed(result: ShardResult | None, known: _Open) -> list[Any]:
+    """The blocks that the client copies into place."""
+    if result is None or known.prepared is None:
+        return []
+    keys = {a.key for a in known.prepared.plan.arrays if a.axis >= 0 and not a.factored}
+    return [block for key, block in result.blocks.items() if key in keys]
 
 
 def versions() -> dict[str, str]:
@@ -140,6 +149,7 @@ def _prepare(known: _Open) -> Prepared:
             "model", f"must be importable on the workers, but raised {type(error).__name__}: {error}", None,
             "install the package that defines it there, or define it in the script itself",
         ) from error  # fmt: skip
+    known.writer = writer_for(payload.target, payload.plan)
     known.prepared = prepare(payload.model, payload.inputs, payload.request, plan=payload.plan)
     known.mark = mark
     return known.prepared

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jacray.target import Target
+
 if TYPE_CHECKING:
     from jacray.result import Result
 
@@ -36,13 +38,14 @@ class JobFolder:
     def write(self, result: Result) -> None:
         """Write what a job gave; the receipt comes last, so that what has one is whole."""
         from jacray.http.messages import keyed
-        from jacray.store import create, write_block
+        from jacray.store import create, finish, write_whole
 
         shutil.rmtree(self.results, ignore_errors=True)
         structure, arrays = keyed(result, result.plan)
-        made = create(self.results, result.plan, structure)
+        made = create(Target(str(self.path.absolute())), result.plan, structure)
         for array in result.plan.arrays:
-            write_block(made, array, arrays[array.key])
+            write_whole(made, array, arrays[array.key])
+        finish(made)
         beside = self.receipt.with_suffix(".new")
         beside.write_text(json.dumps(result.receipt, default=str), encoding="utf-8")
         beside.replace(self.receipt)

@@ -61,6 +61,7 @@ class RemoteClient(Client):
         x: Any,
         *,
         request: Request | None = None,
+        to: Any = None,
         key: str | None = None,
         on_error: OnError = "fail",
         user: str = "",
@@ -72,6 +73,7 @@ class RemoteClient(Client):
             model: an `nn.Module` or a model spec.
             x: a tensor or a pytree of tensors, the batch first, or an input spec as a mapping.
             request: a request made before; `fields` change some of it.
+            to: only None: a service keeps its results itself.
             key: submitting again under the same key gives the same job; one of its own by default.
             on_error: only `fail`: a service ends a job with its first error.
             user: only empty: the token tells whose job it is.
@@ -80,8 +82,9 @@ class RemoteClient(Client):
         Raises:
             UserError: what breaks a rule.
         """
-        if on_error != "fail" or user:
-            name, value = ("user", user) if user else ("on_error", on_error)
+        if on_error != "fail" or user or to is not None:
+            given = {"user": user, "to": to, "on_error": on_error}
+            name, value = next((n, v) for n, v in given.items() if v not in ("", None) and v != "fail")
             raise RequestError(name, "cannot be set for a job over HTTP", value, "leave it out")
         asked = make_request(request, **fields)
         headers = {"Idempotency-Key": key or uuid.uuid4().hex, "Accept": "application/json"}

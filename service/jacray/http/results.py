@@ -15,7 +15,8 @@ from jacray.http.folders import JobFolder
 from jacray.http.messages import RECEIPT
 from jacray.http.problems import HttpError
 from jacray.http.wire import ITEM, write_header
-from jacray.store import Store, open_store
+from jacray.store import Store, as_numpy, open_store, read_block
+from jacray.target import Target
 
 PIECE = 1 << 22
 _NAMES = {
@@ -90,7 +91,7 @@ def open_result(folder: JobFolder, choice: Choice) -> Stored:
     Raises:
         HttpError: there is no such array, or no such samples.
     """
-    store = open_store(folder.results)
+    store = open_store(Target(str(folder.path.absolute())))
     arrays = _chosen(store.plan, store.structure, choice)
     start, stop = _range(store.plan, choice)
     parts, blocks = list[_Part](), dict[str, Any]()
@@ -142,12 +143,11 @@ def _dense(store: Store, array: ArrayPlan, start: int, stop: int) -> _Part:
 
 
 def _factors(store: Store, array: ArrayPlan, start: int, stop: int, blocks: dict[str, Any]) -> list[_Part]:
-    node = store.node(array.key)
-    blocks[array.key] = {**node.attrs["block"], "samples": stop - start}
-    return [
-        _Part(f"{array.key}/{name}", part, _NAMES[str(part.dtype)], (stop - start, *part.shape[1:]), 0, start)
-        for name, part in node.arrays()
-    ]
+    """The factors of these samples; they lie in the store shard by shard, and are far smaller than their block."""
+    block: Any = read_block(store, array, start, stop)
+    blocks[array.key] = block.meta()
+    found = [(f"{array.key}/{name}", as_numpy(part)) for name, part in block.factors().items()]
+    return [_Part(name, part, _NAMES[str(part.dtype)], part.shape, 0, 0) for name, part in found]
 
 
 def _read(part: _Part) -> Iterator[memoryview]:

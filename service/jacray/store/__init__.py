@@ -1,8 +1,37 @@
 """Results on disk or in an object store: a zarr group (format 3) with an array per result and named dimensions.
 
-The only package that imports zarr here.
+The only package that imports zarr here. A client makes the store, workers write into it, the client finishes it, and
+whoever wants reads it, before and after.
 """
 
-from jacray.store.group import Store, create, node_name, open_store, plain, read_block, read_field, write_block
+from jacray.store.blocks import read_block, read_field, write_block, write_whole
+from jacray.store.check import Damage, damages, verify
+from jacray.store.collect import Collector
+from jacray.store.faults import writing
+from jacray.store.group import Store, as_numpy, begin, create, exists, finish, node_name, open_store, plain, remove
+from jacray.store.lazy import StoredArray
+from jacray.store.writer import Writer
 
-__all__ = ["Store", "create", "node_name", "open_store", "plain", "read_block", "read_field", "write_block"]
+__all__ = [
+    "Collector",
+    "Damage",
+    "Store",
+    "StoredArray",
+    "Writer",
+    "as_numpy",
+    "begin",
+    "create",
+    "damages",
+    "exists",
+    "finish",
+    "node_name",
+    "open_store",
+    "plain",
+    "read_block",
+    "read_field",
+    "remove",
+    "verify",
+    "write_block",
+    "write_whole",
+    "writing",
+]

@@ -1,30 +1,32 @@
-"""The zarr group of a job: its layout, its blocks, and what it says of itself.
-
-The group opens in xarray as it is. Blocks that are kept in factors are groups of
-their factors; everything else is one array per key of the plan.
-"""
+"""The zarr group of a job: made before the first shard, marked as complete after the last."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import torch
 import zarr
-from jacray_workers.errors import Plain, UserError
+from jacray_workers.errors import Plain, StorageError, UserError
 from jacray_workers.plan import ArrayPlan, Plan
 from torch import Tensor
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
+from zarr.core.sync import sync
+from zarr.storage import FsspecStore, LocalStore
 
 from jacray.chunks import chunk_shape, dimension_names
 from jacray.plans import read_plan
+from jacray.store.faults import writing
+from jacray.target import Target
 
-FORMAT = 1
+FORMAT = 2
+PARTS = "parts"
+"""The group that holds the shards' parts of sums while a job runs."""
 _UNITS = {
     "outputs": "output",
     "jacobian": "output / input",
@@ -34,6 +36,7 @@ _UNITS = {
     "norms": "output / input",
     "singular_values": "output / input",
 }
+_CODECS: Mapping[str, Any] = {"zstd": ZstdCodec, "gzip": GzipCodec, "blosc": BloscCodec}
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,21 @@ class Store:
     """An open store. Nothing is read until it is asked for.
 
     Attributes:
+        target: where it is.
         group: the zarr group.
-        plan: how the results were computed.
+        plan: how the results are computed.
         structure: for each result, its tree with array keys in place of arrays.
         fields: the nodes of what else is known of each sample, by name.
+        complete: whether every block had been written when it was opened.
     """
 
+    target: Target
     group: zarr.Group
     plan: Plan
     structure: Mapping[str, Any]
     fields: Mapping[str, str]
+    complete: bool = False
+    _nodes: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def arrays(self) -> dict[str, ArrayPlan]:
@@ -59,11 +67,24 @@ class Store:
 
     def node(self, key: str) -> Any:
         """The zarr array of a key, or the group of a block in factors."""
-        return self.group[node_name(key)]
+        return self._known(node_name(key))
+
+    def parts(self, key: str) -> Any:
+        """The zarr array that holds the shards' parts of a sum, one after the other."""
+        return self._known(f"{PARTS}/{node_name(key)}")
+
+    def _known(self, path: str) -> Any:
+        # Opened once: each opening reads the node's metadata, a request where the store is far away.
+        if path not in self._nodes:
+            found = self.group[path]
+            # A chunk full of fill values is skipped otherwise, and then looks as if it had never been written.
+            kept = found.with_config({"write_empty_chunks": True}) if isinstance(found, zarr.Array) else found
+            self._nodes[path] = kept
+        return self._nodes[path]
 
 
 def create(
-    path: Path,
+    target: Target,
     plan: Plan,
     structure: Mapping[str, Any],
     samples: Mapping[str, Tensor] | None = None,
@@ -72,49 +93,95 @@ def create(
     """Make an empty store with every array of the plan.
 
     Args:
-        path: the group's folder; must not hold one.
+        target: whose `results.zarr`; there must be none yet.
         plan: names, shapes and shards.
         structure: for each result, its tree with array keys in place of arrays, as plain JSON data.
         samples: what else is known of each sample, by name.
         start: the number of the first sample in its source.
+
+    Raises:
+        StorageError: it cannot be written there.
     """
-    group = zarr.create_group(path, zarr_format=3)
     dims = dimension_names(plan.arrays)
-    taken = {"sample", *(name for names in dims.values() for name in names), *(a.key for a in plan.arrays)}
+    taken = {"sample", PARTS, *(name for names in dims.values() for name in names), *(a.key for a in plan.arrays)}
     known = {name: node_name(f"field.{name}" if name in taken else name) for name in samples or {}}
-    group.attrs.update(
-        {
-            "title": "jacray results",
-            "jacray": {
-                "format": FORMAT,
-                "plan_digest": plan.digest,
-                "plan": plain(plan.to_dict()),
-                "structure": dict(structure),
-                "fields": known,
-            },
-        }
-    )
-    for array in plan.arrays:
-        if not array.factored:
-            _create_array(group, array, plan, dims[array.key])
-    _write_per_sample(group, "sample", np.arange(start, start + plan.samples, dtype=np.int64))
-    for name, tensor in (samples or {}).items():
-        _write_per_sample(group, known[name], _numpy(tensor))
-    return Store(group, plan, structure, known)
+    about = {
+        "format": FORMAT,
+        "complete": False,
+        "plan_digest": plan.digest,
+        "plan": plain(plan.to_dict()),
+        "structure": dict(structure),
+        "fields": known,
+    }
+    with writing(target):
+        group = zarr.create_group(_zarr_store(target), zarr_format=3)
+        for array in plan.arrays:
+            _create(group, array, plan, dims[array.key], target)
+        _write_per_sample(group, "sample", np.arange(start, start + plan.samples, dtype=np.int64))
+        for name, tensor in (samples or {}).items():
+            _write_per_sample(group, known[name], as_numpy(tensor))
+        # Last: a group with these is one whose arrays are all there.
+        group.attrs.update({"title": "jacray results", "jacray": about})
+    return Store(target, group, plan, structure, known)
 
 
-def _create_array(group: zarr.Group, array: ArrayPlan, plan: Plan, dims: tuple[str, ...]) -> None:
-    group.create_array(
-        node_name(array.key),
-        shape=array.shape,
-        chunks=chunk_shape(array, plan),
-        dtype=array.dtype,
-        compressors=None,
-        filters=None,
-        fill_value=float("nan"),  # a sample that was never written must not look like a zero
-        dimension_names=dims,
-        attributes=_attributes(array),
-    )
+def begin(
+    target: Target,
+    plan: Plan,
+    structure: Mapping[str, Any],
+    samples: Mapping[str, Tensor] | None = None,
+    start: int = 0,
+) -> Store:
+    """The store that a job writes to: made, or where the same job was begun before, as it was left.
+
+    Raises:
+        StorageError: another job's results are there, or it cannot be written.
+    """
+    if not exists(target):
+        return create(target, plan, structure, samples, start)
+    found = open_store(target, write=True)
+    if found.plan.digest != plan.digest:
+        rule, way_out = f"{target.results} holds another job", "choose another folder, or remove that one"
+        raise StorageError("to", rule, None, way_out)
+    return found
+
+
+def exists(target: Target) -> bool:
+    """Whether a job has made its store there."""
+    try:
+        return "jacray" in zarr.open_group(_zarr_store(target, read_only=True), mode="r").attrs
+    except (OSError, KeyError, ValueError):
+        return False
+
+
+def remove(target: Target) -> None:
+    """Take a job's store away, complete or not."""
+    with writing(target):
+        sync(_zarr_store(target).clear())
+
+
+def _create(group: zarr.Group, array: ArrayPlan, plan: Plan, dims: tuple[str, ...], target: Target) -> None:
+    name, about = node_name(array.key), _attributes(array)
+    if array.factored:
+        group.create_group(name, attributes={**about, "dims": list(array.dims), "shape": list(array.shape)})
+        return
+    chunks = chunk_shape(array, plan)
+    how: dict[str, Any] = {
+        "dtype": array.dtype,
+        "compressors": codecs(target),
+        "filters": None,
+        "fill_value": float("nan"),  # a sample that was never written must not look like a zero
+    }
+    group.create_array(name, shape=array.shape, chunks=chunks, dimension_names=dims, attributes=about, **how)
+    if array.axis < 0:
+        shape = (plan.shard_count, *array.shape)
+        group.create_array(f"{PARTS}/{name}", shape=shape, chunks=(1, *chunks), attributes=about, **how)
+
+
+def codecs(target: Target) -> list[Any]:
+    """What a chunk's bytes go through: compressed where that was asked for, and always with a checksum behind."""
+    first = [_CODECS[target.compression]()] if target.compression else []
+    return [*first, Crc32cCodec()]
 
 
 def _attributes(array: ArrayPlan) -> dict[str, Any]:
@@ -124,93 +191,48 @@ def _attributes(array: ArrayPlan) -> dict[str, Any]:
 def _write_per_sample(group: zarr.Group, name: str, values: np.ndarray[Any, Any]) -> None:
     """A small array with a row per sample; under the name of its dimension it is a coordinate."""
     made = group.create_array(
-        name, shape=values.shape, dtype=values.dtype, compressors=None,
+        name, shape=values.shape, dtype=values.dtype, compressors=[Crc32cCodec()],
         dimension_names=("sample", *(f"{name}_{axis}" for axis in range(values.ndim - 1))),
     )  # fmt: skip
     made[...] = values
 
 
-def write_block(store: Store, array: ArrayPlan, value: Any, start: int = 0) -> None:
-    """Write one range of samples of an array, or an array without samples.
+def open_store(target: Target, *, write: bool = False) -> Store:
+    """Open a store, whether its job has ended or not.
 
     Args:
-        store: where to.
-        array: which array.
-        value: a tensor of the range's shape, or for a factored array a block.
-        start: the range's first sample.
-    """
-    if array.factored:
-        _write_factors(store, array, value)
-        return
-    node = store.node(array.key)
-    if array.axis < 0:
-        node[...] = _numpy(value, array.dtype)
-        return
-    stop = start + value.shape[array.axis]
-    step = max(node.chunks[array.axis], 1)
-    before = (slice(None),) * array.axis
-    for low in range(start, stop, step):
-        high = min(low + step, stop)
-        node[(*before, slice(low, high))] = _numpy(value.narrow(array.axis, low - start, high - low), array.dtype)
-
-
-def read_block(store: Store, array: ArrayPlan, start: int = 0, stop: int | None = None) -> Tensor:
-    """Read a range of samples of an array, or an array without samples, as a tensor.
-
-    A block in factors comes back in factors.
-    """
-    node = store.node(array.key)
-    stop = store.plan.samples if stop is None else stop
-    if array.factored:
-        return _read_factors(node, start, stop)
-    if array.axis < 0:
-        return torch.from_numpy(np.asarray(node[...]))
-    return torch.from_numpy(np.asarray(node[(*(slice(None),) * array.axis, slice(start, stop))]))
-
-
-def read_field(store: Store, name: str) -> Tensor:
-    """What is known of each sample under this name."""
-    node: Any = store.group[store.fields[name]]
-    return torch.from_numpy(np.asarray(node[...]))
-
-
-def _write_factors(store: Store, array: ArrayPlan, block: Any) -> None:
-    """A group with an array per factor; each factor has the samples first."""
-    group = store.group.create_group(node_name(array.key))
-    group.attrs.update({**_attributes(array), "block": block.meta(), "dims": list(array.dims)})
-    for name, factor in block.factors().items():
-        values = _numpy(factor)
-        per_sample = max(math.prod(values.shape[1:]) * values.itemsize, 1)
-        rows = max(1, min(len(values), store.plan.shard_size, (1 << 26) // per_sample))
-        made = group.create_array(
-            name, shape=values.shape, dtype=values.dtype, compressors=None,
-            chunks=(rows, *(max(n, 1) for n in values.shape[1:])),
-        )  # fmt: skip
-        made[...] = values
-
-
-def _read_factors(group: zarr.Group, start: int, stop: int) -> Tensor:
-    from jacray_workers.blocks.block import Block
-
-    meta: Any = group.attrs["block"]
-    factors = {name: np.asarray(part[start:stop]) for name, part in group.arrays()}
-    return Block.from_factors({**meta, "samples": stop - start}, factors)
-
-
-def open_store(path: Path) -> Store:
-    """Open a store for reading.
+        target: whose `results.zarr`.
+        write: for a worker of the job, which writes its blocks.
 
     Raises:
         UserError: there is none, or another version of jacray wrote it.
     """
+    place = target.results
     try:
-        group = zarr.open_group(path, mode="r")
+        group = zarr.open_group(_zarr_store(target, read_only=not write), mode="r+" if write else "r")
         found: Any = group.attrs["jacray"]
         if found["format"] != FORMAT:
-            raise UserError(str(path), f"must have format {FORMAT}", found["format"], "use the jacray that wrote it")
-        return Store(group, read_plan(found["plan"]), found["structure"], found["fields"])
-    except (FileNotFoundError, KeyError, TypeError) as error:
-        raise UserError(str(path), "must be a store that jacray wrote", Plain(str(error))) from None
+            raise UserError(place, f"must have format {FORMAT}", found["format"], "use the jacray that wrote it")
+        plan = read_plan(found["plan"])
+        return Store(target, group, plan, found["structure"], found["fields"], found["complete"])
+    except (OSError, KeyError, TypeError) as error:
+        raise UserError(place, "must be a store that jacray wrote", Plain(f"{type(error).__name__}: {error}")) from None
+
+
+def finish(store: Store) -> Store:
+    """Mark a store as complete; what was only needed on the way goes."""
+    with writing(store.target):
+        about: Any = store.group.attrs["jacray"]
+        store.group.attrs["jacray"] = {**about, "complete": True}
+        if PARTS in store.group:
+            del store.group[PARTS]
+    return open_store(store.target)
+
+
+def _zarr_store(target: Target, *, read_only: bool = False) -> Any:
+    if target.path is not None:
+        return LocalStore(target.path / target.results.rpartition("/")[2], read_only=read_only)
+    return FsspecStore.from_url(target.results, storage_options=dict(target.options), read_only=read_only)
 
 
 def node_name(key: str) -> str:
@@ -221,7 +243,8 @@ def node_name(key: str) -> str:
     return name.replace(".", "%2E") if set(name) == {"."} or name.startswith("__") else name
 
 
-def _numpy(value: Any, dtype: str | None = None) -> np.ndarray[Any, Any]:
+def as_numpy(value: Any, dtype: str | None = None) -> np.ndarray[Any, Any]:
+    """A tensor's numbers; bfloat16, which numpy lacks, as float32."""
     tensor = torch.as_tensor(value).detach().cpu()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()

@@ -121,7 +121,7 @@ class Out:
         key: its name in results; the empty string for a bare tensor.
         index: which leaf of the model's output.
         shape: of one sample, after the choice of entries.
-        pick: flat indices into one sample's output, or None for all of it.
+        pick: flat indices into one sample's output, consecutive ones as a range, or None for all of it.
         rows: where its entries stand among the rows of the Jacobian.
         dtype: the precision the model returns.
     """
@@ -129,7 +129,7 @@ class Out:
     key: str
     index: int
     shape: tuple[int, ...]
-    pick: tuple[int, ...] | None
+    pick: tuple[int, ...] | range | None
     rows: range
     dtype: torch.dtype
 
@@ -239,7 +239,9 @@ class Problem:
         parts = []
         for out in self.outs:
             part = found[out.index].reshape(size, -1)
-            if out.pick is not None:
+            if isinstance(out.pick, range):
+                part = part[:, out.pick.start : out.pick.stop]
+            elif out.pick is not None:
                 part = part[:, list(out.pick)]
             parts.append(part.to(self.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
