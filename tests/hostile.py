@@ -99,9 +99,8 @@ def good_spec(rng: random.Random, inputs: list[dict[str, Any]]) -> dict[str, Any
     """A run that works, with one of these inputs."""
     chosen = copy.deepcopy(rng.choice(inputs))
     kind = chosen.get("kind", "named")
-    names = {"named": ["a", "b"]}.get(kind) or (
-        ["input_ids"] if isinstance(chosen.get("values", [0])[0], str) else ["a"]
-    )
+    names = ["a", "b"] if kind == "named" else ["a"]
+    tokens = kind == "inline" and isinstance(chosen["values"][0], str)
     width = {"images": 36, "digits": 64, "sklearn": 4}.get(kind, 2)
     if kind in ("npy", "random", "inline", "csv", "parquet") and "preprocess" not in chosen and rng.random() < 0.6:
         chosen["preprocess"] = [copy.deepcopy(rng.choice(STEPS)) for _ in range(2)]
@@ -110,7 +109,7 @@ def good_spec(rng: random.Random, inputs: list[dict[str, Any]]) -> dict[str, Any
         request["weights"] = [1.0, 0.5]
     if kind == "named":
         request |= {"returns": ["jacobian"], "wrt": ["inputs"], "weights": None}
-    layered = names == ["a"] and (width != 2 or rng.random() < 0.6)
+    layered = names == ["a"] and not tokens and (width != 2 or rng.random() < 0.6)
     model = _layers(width) if layered else _formula(names)
     output = {"path": "run", "report": False, "overwrite": True}
     return {"model": model, "inputs": chosen, "request": request, "cluster": dict(CLUSTER), "output": output}

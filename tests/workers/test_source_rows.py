@@ -286,7 +286,7 @@ def test_texts_become_the_ids_that_their_model_was_trained_with(tmp_path):
     assert torch.equal(found["input_ids"], expected["input_ids"])
     assert torch.equal(found["attention_mask"], expected["attention_mask"])
     inline = {"kind": "inline", "values": list(TEXTS), "preprocess": [{**step, "mask": False}]}
-    assert torch.equal(opened(tmp_path, inline).whole().inputs["input_ids"], expected["input_ids"])
+    assert torch.equal(opened(tmp_path, inline).whole().inputs, expected["input_ids"])
 
 
 # Places ----------------------------------------------------------------------------------------------------------

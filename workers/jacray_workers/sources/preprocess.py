@@ -101,6 +101,8 @@ def _tokens(bound: Bound, parts: dict[str, Part]) -> dict[str, Part]:
         raise InputError(bound.where, "needs one input of texts, named by `of` where there are several", shown)
     kept = {name: part for name, part in parts.items() if name != texts[0]}
     made: dict[str, Part] = bound.tool(parts[texts[0]])
+    # Alone, the ids take the place of the texts.
+    made = made if "attention_mask" in made else {texts[0]: made["input_ids"]}
     if twice := sorted(set(kept) & set(made)):
         raise InputError(bound.where, "gives an input that is there already", twice[0])
     return kept | made

@@ -126,8 +126,8 @@ class OneHotStep(_Step):
 class Tokenize(_Step):
     """Texts as token ids, by a tokenizer file of the `tokenizers` library.
 
-    The inputs become `input_ids` and `attention_mask`, int64 `(N, length)` each; longer texts are cut, shorter ones
-    padded at the end.
+    The inputs become `input_ids` and `attention_mask`, int64 `(N, length)` each; without a mask, the ids take the place
+    of the texts. Longer texts are cut, shorter ones padded at the end.
     """
 
     kind: Literal["tokenize"] = "tokenize"
