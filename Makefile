@@ -10,6 +10,11 @@ BIN := .venv/bin
 RUNTIME := .venv/.runtime-installed
 DEV := .venv/.dev-installed
 CLUSTER := .venv/.cluster-installed
+PEERS := .venv/.peers-installed
+
+# They ask for torchvision, which none of them needs for what is measured: its wheel breaks `import laplace` beside a
+# CPU torch. So they come without their dependencies; the rest of those stands in pyproject.toml's `peers`.
+WITHOUT_TORCHVISION := backpack-for-pytorch curvlinops-for-pytorch laplace-torch nngeometry
 
 # Debian splits ensurepip off, and a venv made without it has no pip. Version managers put names on the path that
 # do not run. So a candidate counts only when it runs, is new enough and can make a venv.
@@ -21,7 +26,7 @@ USABLE := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))'
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-cluster zoo regret lint format wheel clean
+.PHONY: help demo test test-all test-cluster zoo bench regret lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +44,9 @@ test-all: lint  ## the same with the slow tests
 
 test-cluster: $(CLUSTER)  ## the tests of docs/cluster.md: a head, a second node, a job that Ray runs
 	$(BIN)/pytest tests/cluster
+
+bench: $(PEERS)  ## ours and every peer side by side: writes benchmarks/RESULTS.md (a quarter of an hour, on a quiet machine)
+	$(BIN)/python -m benchmarks
 
 regret: $(DEV)  ## how far the planner's choice is from the best method, on the benchmark's nets
 	$(BIN)/python -m benchmarks.regret
@@ -89,4 +97,10 @@ $(DEV): $(RUNTIME)
 $(CLUSTER): $(DEV)
 	@echo "Installing Ray's dashboard and job server into .venv."
 	@$(INSTALL) --no-build-isolation --editable '.[cluster]'
+	@touch $@
+
+$(PEERS): $(DEV)
+	@echo "Installing the packages that we are measured against into .venv. The first time takes about a minute; later runs skip this."
+	@$(INSTALL) --no-build-isolation --editable '.[peers]'
+	@$(INSTALL) --no-deps $(WITHOUT_TORCHVISION)
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,11 +21,13 @@ from jacray_workers.problem.blame import accuse
 from jacray_workers.problem.resolve import place
 from jacray_workers.products.reduce import Reducer
 from jacray_workers.shard import NonFinite, ShardResult
+from jacray_workers.transfer import Landing
 from jacray_workers.trust import finite
 from jacray_workers.trust.checks import check_shard
 
 if TYPE_CHECKING:
     from jacray_workers.engine import Prepared
+    from jacray_workers.problem.problem import Problem
 
 TORCH_OF = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -78,9 +81,9 @@ def _run(
         if cancelled is not None and cancelled():
             raise JobError("job", "was cancelled", f"after {at - shard.start} samples of shard {shard.index}")
 
-    with prepared.problem.session():
+    with prepared.problem.session(), contextlib.closing(Landing(prepared.problem.device)) as landing:
         # Inside, for a buffer made under the caller's inference mode could not be written to here.
-        buffers = _Buffers(prepared, shard, into)
+        buffers = _Buffers(prepared, shard, into, landing)
         reducer = Reducer(prepared, shard, buffers, pause)
         while at < shard.stop:
             pause()
@@ -129,8 +132,9 @@ def _does_not_fit(prepared: Prepared, error: Exception) -> BudgetError:
 class _Buffers:
     """The shard's arrays while they fill: one tensor per array, or a list of parts for blocks kept in factors."""
 
-    def __init__(self, prepared: Prepared, shard: Shard, into: dict[str, Tensor]) -> None:
+    def __init__(self, prepared: Prepared, shard: Shard, into: dict[str, Tensor], landing: Landing) -> None:
         self.shard = shard
+        self.landing = landing
         self.plan = prepared.plan
         self.arrays = {(a.name, a.out, a.leaf): a for a in prepared.plan.arrays}
         self.parts: dict[str, list[Tensor]] = {}
@@ -149,6 +153,10 @@ class _Buffers:
         shape[array.axis] = self.shard.stop - self.shard.start
         return torch.empty(shape, dtype=TORCH_OF[array.dtype])
 
+    def beside(self, array: ArrayPlan, problem: Problem) -> bool:
+        """Whether the array's buffer is in the memory that the problem computes in."""
+        return self.tensors[array.key].device == problem.device
+
     def view(self, array: ArrayPlan, start: int, stop: int) -> Tensor:
         """The part of an array that belongs to these samples."""
         return self.tensors[array.key].narrow(array.axis, start - self.shard.start, stop - start)
@@ -160,7 +168,9 @@ class _Buffers:
             self.added.append((array, value))
         else:
             target = self.view(array, start, stop)
-            if target.data_ptr() != value.data_ptr() or target.dtype != value.dtype:
+            if value.device != target.device:
+                self.landing.put(target, value)
+            elif target.data_ptr() != value.data_ptr() or target.dtype != value.dtype:
                 target.copy_(value)
 
     def commit(self) -> None:
@@ -171,13 +181,16 @@ class _Buffers:
             else:
                 self.tensors[array.key].add_(value.to("cpu"))
         self.added.clear()
+        self.landing.turn()
 
     def forget(self) -> None:
-        """The chunk failed."""
+        """The chunk failed. What it had put arrives before anything that is put again; its memory is free then."""
         self.added.clear()
+        self.landing.wait()
 
     def finished(self) -> dict[str, Tensor]:
         """The arrays by key; sums in their own precision."""
+        self.landing.wait()
         done = {}
         for array in self.plan.arrays:
             if array.factored:
@@ -243,7 +256,7 @@ def _jacobian(
         _put_split(problem, blocks, start, stop, buffers)
         return blocks
     size = stop - start
-    direct = one_out and problem.device.type == "cpu" and all(_direct(a, problem) for a in arrays)
+    direct = one_out and all(_direct(a, problem) and buffers.beside(a, problem) for a in arrays)
     if direct:
         into = [
             buffers.view(a, start, stop).view(size, problem.rows, *leaf.shape)
