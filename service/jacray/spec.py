@@ -29,7 +29,9 @@ class Cluster(Spec):
     """Where the job runs."""
 
     address: str = Field(
-        default="local", description="inline (this process), local (a Ray for this run), auto or ray://HOST:PORT"
+        default="local",
+        description="inline (this process), local (a Ray for this run), auto or ray://HOST:PORT",
+        json_schema_extra={"pattern": "^(inline|local|auto|ray://.+)$"},
     )
     workers: Count = 2
     cpus_per_worker: Annotated[float, Field(strict=True, gt=0, le=4096, allow_inf_nan=False)] = Field(
@@ -153,6 +155,10 @@ def _located(error: UserError, document: Document) -> UserError:
 def schema() -> dict[str, Any]:
     """The JSON Schema of the YAML, for editors."""
     found = RunSpec.model_json_schema()
+    for model in found["$defs"].values():
+        # Models have their kind by default; specs must say it.
+        if "kind" in model.get("properties", {}):
+            model["required"] = list(dict.fromkeys(["kind", *model.get("required", ())]))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "jacray run", **found}
 
 

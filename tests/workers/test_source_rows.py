@@ -438,3 +438,15 @@ def test_a_digest_is_of_the_numbers_or_of_where_they_lie(tmp_path, monkeypatch):
     assert opened(tmp_path, spec).digest != first
     seeds = [opened(tmp_path, {"kind": "random", "shape": [2], "seed": s}).digest for s in (1, 1, 2)]
     assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_a_digest_reads_what_is_told_by_its_size_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("jacray_workers.sources.ranged.HASHED_BYTES", 16)
+    monkeypatch.setattr("jacray_workers.sources.places._MARKS", ())
+    memory, found = fsspec.filesystem("memory"), []
+    for shift in (0, 0, 1):
+        np.save(tmp_path / "x.npy", ROWS + shift)
+        memory.put(str(tmp_path / "x.npy"), f"/{tmp_path.name}.npy")
+        found.append(opened(tmp_path, {"kind": "npy", "path": f"memory://{tmp_path.name}.npy"}).digest)
+    memory.rm(f"/{tmp_path.name}.npy")
+    assert found[0] == found[1] != found[2]

@@ -99,8 +99,11 @@ def read_inputs(found: Any, known: Mapping[str, Tensor], base: Path) -> tuple[An
         return tree(found["tensors"], known, "inputs"), None
     if isinstance(found, Mapping) and "kind" in found:
         from jacray_workers import sources
+        from jacray_workers.sources.places import Reach
 
-        loaded = sources.load(_input_spec(found), base)
+        # The file that the policy let through, and nothing that a step may name besides.
+        reach = Reach(tuple(Path(found[key]) for key in ("path",) if key in found), ("file",))
+        loaded = sources.load(_input_spec(found), base, reach)
         return loaded.inputs, loaded
     if isinstance(found, Mapping):
         return {name: tensor_of(part, f"inputs.{name}", torch.float32) for name, part in found.items()}, None

@@ -245,6 +245,8 @@ def _remote_stamp(place: Place) -> Stamp:
     if place.folder:
         found = sorted((name, *_marks(info)) for name, info in system.find(path, detail=True).items())
         total = sum(int(size) for _, size, *_ in found)
+        if any(len(marks) < 3 for marks in found):
+            return (str(total),)
         return (str(total), hashlib.sha256(repr(found).encode()).hexdigest())
     info = system.info(path)
     if info.get("size") is None:
@@ -253,4 +255,5 @@ def _remote_stamp(place: Place) -> Stamp:
 
 
 def _marks(info: dict[str, Any]) -> Stamp:
+    """Size, and what a service says that changes with the content; where it says nothing, the size alone."""
     return (str(info.get("size") or 0), *(f"{name}={info[name]}" for name in _MARKS if info.get(name)))

@@ -90,10 +90,19 @@ class Rows:
         """
         if self.nbytes <= HASHED_BYTES:
             return self.whole().digest
+        if any(len(stamp) < 2 for _, stamp in self.reader.places):
+            return self._read_through()
         spec = self.spec if isinstance(self.spec, Mapping) else {"": self.spec}
         content = {name: part.model_dump(mode="json") for name, part in spec.items()}
         stamps = [(place.path, *stamp) for place, stamp in self.reader.places]
         return hashlib.sha256(json.dumps([content, stamps], sort_keys=True).encode()).hexdigest()
+
+    def _read_through(self) -> str:
+        """A sha256 over all samples, some at a time: for files of which nothing is told but their size."""
+        found, step = hashlib.sha256(), max(1, self.samples * HASHED_BYTES // max(self.nbytes, 1))
+        for start in range(0, self.samples, step):
+            found.update(self.read(start, min(start + step, self.samples)).digest.encode())
+        return found.hexdigest()
 
     def _check(self, parts: Mapping[str, Part], leaves: Mapping[str, Leaf], argument: str, samples: int) -> None:
         for name, leaf in leaves.items():
