@@ -52,6 +52,8 @@ class Client:
         cpus_per_worker: what each worker is given; a worker has max(1, int(cpus_per_worker)) torch threads.
         gpus_per_worker: how many GPUs each is given; 0 computes on CPUs, 0.5 lets two workers share one.
         resources: what else of a cluster each worker takes, by name.
+        runtime_env: what a running cluster's nodes get sent or install for this process's jobs, in Ray's own words,
+            such as `{"py_modules": ["my_package"]}`; only with `auto` and `ray://`.
         shard_timeout: seconds that a worker may take over one shard, before it is replaced and the shard computed
             elsewhere; None for any number. The first shard of a job includes getting the model and the inputs.
         shard_size: samples per shard, where the plan's choice does not do: smaller ones lose less when a worker is
@@ -78,6 +80,7 @@ class Client:
         cpus_per_worker: float = 1,
         gpus_per_worker: float = 0,
         resources: Mapping[str, float] | None = None,
+        runtime_env: Mapping[str, Any] | None = None,
         shard_timeout: float | None = None,
         shard_size: int | None = None,
         limits: Limits | None = None,
@@ -85,7 +88,7 @@ class Client:
         _check_shards(shard_timeout, shard_size)
         self._address = address
         self._executor = make_executor(
-            WorkerOptions(address, workers, cpus_per_worker, gpus_per_worker, resources or {})
+            WorkerOptions(address, workers, cpus_per_worker, gpus_per_worker, resources or {}, runtime_env or {})
         )
         self._shard_timeout, self._shard_size = shard_timeout, shard_size
         self._door = Door(limits or Limits())

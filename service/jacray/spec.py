@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +42,9 @@ class Cluster(Spec):
     )
     resources: dict[str, Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]] = Field(
         default={}, description="what else of a Ray cluster each worker takes, by name"
+    )
+    runtime_env: dict[str, Any] = Field(
+        default={}, description="what a running Ray cluster gets sent or installs, in Ray's words: py_modules, pip, ..."
     )
     shard_timeout: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = Field(
         default=None, description="seconds a worker may take over a shard before it is replaced; null for any number"
@@ -119,6 +122,10 @@ class Run:
         except UserError as error:
             raise _located(error, self.document) from error.__cause__
 
+    def runtime_env(self) -> dict[str, Any]:
+        """The cluster's runtime environment, its local folders as whole paths."""
+        return _sent(self.spec.cluster.runtime_env, lambda path: str(self.base.absolute() / path))
+
 
 def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
     """Read a YAML file, apply overrides, and check everything that can be checked without reading data.
@@ -181,7 +188,24 @@ def resolved(run: Run, pins: Mapping[Pin, Any] | None = None) -> dict[str, Any]:
     for key in ("weights", "vectors"):
         data["request"][key] = _moved(data["request"][key], run.base, run.folder)
     data["request"] |= pins or {}
+    data["cluster"]["runtime_env"] = _sent(
+        data["cluster"]["runtime_env"], lambda path: _rebased(path, run.base, run.folder)
+    )
     return data
+
+
+def _sent(environment: Mapping[str, Any], place: Callable[[str], Any]) -> dict[str, Any]:
+    """A runtime environment with each local path that Ray uploads put in its place."""
+
+    def one(path: Any) -> Any:
+        return place(path) if isinstance(path, str) and not is_url(path) else path
+
+    found = dict(environment)
+    if "working_dir" in found:
+        found["working_dir"] = one(found["working_dir"])
+    if isinstance(found.get("py_modules"), list):
+        found["py_modules"] = [one(path) for path in found["py_modules"]]
+    return found
 
 
 def _plain(value: Any) -> Any:

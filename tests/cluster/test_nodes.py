@@ -186,3 +186,27 @@ def test_a_stranger_is_refused_in_one_message(nodes: Nodes, tmp_path: Path, toke
     assert "Traceback" not in done.stderr
     assert "RAY_AUTH_TOKEN" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_package_is_sent_to_the_workers(nodes: Nodes, tmp_path: Path) -> None:
+    package = tmp_path / "only_here"
+    package.mkdir()
+    code = """
+    import torch
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return x * (2.0 if "_ray_pkg" in __file__ else 1.0)  # Ray unpacks what it was sent under this name
+    """
+    (package / "__init__.py").write_text(textwrap.dedent(code))
+    done = nodes.script(
+        f"""
+        import sys
+        sys.path.append({str(tmp_path)!r})
+        import jacray, only_here, torch
+        for sent in ({{}}, {{"py_modules": [{str(package)!r}]}}):
+            with jacray.Client("auto", workers=1, runtime_env=sent) as client:
+                print(float(client.submit(only_here.Net(), torch.ones(4, 1)).result(timeout=100).jacobian.mean()))
+        """
+    )
+    assert done.stdout.split() == ["1.0", "2.0"], done.stdout + done.stderr

@@ -62,6 +62,7 @@ def compute(run: Run, work: Work, style: Style = "auto") -> Result:
             cpus_per_worker=cluster.cpus_per_worker,
             gpus_per_worker=cluster.gpus_per_worker,
             resources=cluster.resources,
+            runtime_env=run.runtime_env(),
             shard_timeout=cluster.shard_timeout,
             shard_size=cluster.shard_size,
         )

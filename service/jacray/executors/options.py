@@ -23,6 +23,7 @@ class WorkerOptions:
         cpus: CPUs of each worker; its torch threads are max(1, int(cpus)).
         gpus: GPUs of each worker; fractions share one.
         resources: what else of a Ray cluster each takes, by name.
+        runtime_env: what Ray sends to a running cluster's nodes or installs there, in Ray's own words.
 
     Raises:
         RequestError: a value breaks a rule.
@@ -33,6 +34,7 @@ class WorkerOptions:
     cpus: float = 1.0
     gpus: float = 0.0
     resources: Mapping[str, float] = field(default_factory=dict)
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.address not in ADDRESSES[:3] and not self.address.startswith("ray://"):
@@ -47,6 +49,11 @@ class WorkerOptions:
             raise RequestError("gpus_per_worker", "must be a whole number above 1: Ray splits one GPU only", self.gpus)
         for name, amount in self.resources.items():
             check_resource(name, amount)
+        if self.runtime_env and self.address in ("inline", "local"):
+            raise RequestError(
+                "runtime_env", "is for workers of a running cluster; those of this machine have what this process has",
+                self.address, "leave it out, or use address auto or ray://HOST:PORT",
+            )  # fmt: skip
 
     @property
     def threads(self) -> int:

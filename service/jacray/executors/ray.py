@@ -111,7 +111,7 @@ class RayExecutor:
             if self._closed:
                 raise ShardError("the client is closed")
             if self._lease is None:
-                self._lease = _Lease.take(self.options.address, self.workers)
+                self._lease = _Lease.take(self.options)
             self._lease.wait()
             if self._pool is None:
                 self._check_gpus(self.workers)
@@ -129,7 +129,7 @@ class RayExecutor:
             "resources": dict(self.options.resources), "max_restarts": 0,
         }  # fmt: skip
         if not self._owned:
-            asked["runtime_env"] = {"env_vars": worker_environment()}
+            asked["runtime_env"] = {"env_vars": worker_environment(paths=not self.options.runtime_env)}
         return asked
 
     def _check_gpus(self, workers: int) -> None:
@@ -356,28 +356,35 @@ class _Lease:
 
     _lock = threading.Lock()
     _keeper: Keeper | None = None
-    _address = ""
+    _opened = WorkerOptions()
     _users = 0
 
     def __init__(self, keeper: Keeper | None, *, owned: bool) -> None:
         self._mine, self.owned = keeper, owned
 
     @classmethod
-    def take(cls, address: str, workers: int) -> _Lease:
+    def take(cls, options: WorkerOptions) -> _Lease:
         """Join the connection that there is, or open one."""
+        address = options.address
         with cls._lock:
             if cls._keeper is not None and cls._keeper.failed:
                 cls._keeper, cls._users = None, 0
             if cls._keeper is None and not ray.is_initialized():
-                cls._keeper, cls._address = Keeper(lambda: _connect(address, workers), _disconnect), address
+                cls._keeper, cls._opened = Keeper(lambda: _connect(options), _disconnect), options
             if cls._keeper is None:
                 return cls(None, owned=False)
-            if address.startswith("ray://") and address != cls._address:
+            opened = cls._opened.address
+            if address.startswith("ray://") and address != opened:
                 raise RequestError(
-                    "address", "one process talks to one Ray at a time", address, f"close the client of {cls._address}"
+                    "address", "one process talks to one Ray at a time", address, f"close the client of {opened}"
                 )
+            if options.runtime_env and options.runtime_env != cls._opened.runtime_env:
+                raise RequestError(
+                    "runtime_env", "must be the same for every client of a process", dict(options.runtime_env),
+                    "give it to the first client, or close that one",
+                )  # fmt: skip
             cls._users += 1
-            return cls(cls._keeper, owned=cls._address == "local")
+            return cls(cls._keeper, owned=opened == "local")
 
     def wait(self) -> None:
         """Wait until the connection stands."""
@@ -395,19 +402,20 @@ class _Lease:
                 self._mine.stop()
 
 
-def _connect(address: str, workers: int) -> None:
+def _connect(options: WorkerOptions) -> None:
+    address = options.address
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     _hush()
     if address == "local":
         # Workers inherit the environment, so those that Ray starts ahead can be used at once.
         with environment({**worker_environment(), "RAY_USAGE_STATS_ENABLED": "0"}):
-            ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=options.workers, include_dashboard=False, **quiet)
         return
     named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     if named not in ("", "auto", "local"):
         knock(named)
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, runtime_env=dict(options.runtime_env) or None, **quiet)
     except (ConnectionError, ValueError) as error:
         way_out = (
             "start one with `ray start --head`, or leave the address at local; if it asks for a token, "
