@@ -88,6 +88,10 @@ def plan(file: str, overrides: tuple[str, ...], debug: bool) -> None:  # noqa: A
 @click.option("--import-prefix", "import_prefixes", multiple=True, help="A package that models may be imported from.")
 @click.option("--data", type=click.Path(), help="A folder whose files specs may name.")
 @click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True,
+    help="From which level on lines of JSON go to standard error.",
+)  # fmt: skip
+@click.option(
     "--limit", "limits", multiple=True, metavar="NAME=NUMBER", help="Change a limit, such as body_bytes=1000000."
 )
 @_DEBUG

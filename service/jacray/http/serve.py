@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+import signal
 import socket
 from collections.abc import Callable
 
 from jacray_workers.errors import Plain, RequestError
 
+from jacray.http.logs import start_logging
 from jacray.http.settings import Settings, check_exposure
 from jacray.http.tokens import read_tokens
-
-logger = logging.getLogger(__name__)
 
 
 def serve(settings: Settings, say: Callable[[str], None]) -> None:
@@ -29,11 +28,15 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
     sock = _listen(settings)
     from jacray.http.server import make_server
 
+    start_logging(settings.log_level)
     server = make_server(settings, tokens)
     host, port = sock.getsockname()[:2]
     scheme = "https" if settings.tls_cert else "http"
     shown = f"[{host}]" if ":" in host else host
     say(f"jacray serves at {scheme}://{shown}:{port} (Ctrl-C stops)")
+    # The web server stops in order, then raises the signal once more: that it was told to stop is no failure.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
     server.run(sockets=[sock])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import psutil
 from jacray_workers.errors import Plain, RequestError, SpecError
@@ -62,6 +62,7 @@ class Settings(Spec):
     proxy: bool = Field(default=False, description="a proxy in front of the service does TLS")
     import_prefixes: tuple[str, ...] = Field(default=(), description="packages that models may be imported from")
     data: Path | None = Field(default=None, description="a folder whose files specs may name")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     limits: Limits = Limits()
 
     @property
