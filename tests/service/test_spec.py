@@ -204,7 +204,7 @@ WRONG = [
     (["cluster.gpus_per_worker=.nan"], "cluster.gpus_per_worker", "must be", "nan"),
     (["output.path=3"], "output.path", "must be a text", "3"),
     (["output.report=maybe"], "output.report", "must be true or false", "maybe"),
-    (["output.folder=x"], "output.folder", "is not a known name", "known names: overwrite, path, report"),
+    (["output.folder=x"], "output.folder", "is not a known name", "known names: compression, overwrite, path, report"),
 ]
 
 
@@ -357,7 +357,7 @@ def test_resolved_writes_every_default_and_paths_that_work_from_the_run_folder(t
     assert os.path.normpath(Path("runs/deep/a", data["request"]["weights"]["path"])) == "k.npy"
     assert (data["request"]["method"], data["request"]["chunk_size"]) == ("forward", 7)
     assert set(data["request"]) == set(spec.Request.model_fields)
-    assert data["output"] == {"path": "runs/deep/a", "report": True, "overwrite": False}
+    assert data["output"] == {"path": "runs/deep/a", "report": True, "overwrite": False, "compression": None}
     again = spec.check(parse(emit.dump(data), "spec.yaml"))
     assert again.request.method == "forward"
 
