@@ -129,7 +129,7 @@ class RayExecutor:
             "resources": dict(self.options.resources), "max_restarts": 0,
         }  # fmt: skip
         if not self._owned:
-            asked["runtime_env"] = {"env_vars": worker_environment(paths=not self.options.runtime_env)}
+            asked["runtime_env"] = {"env_vars": worker_environment(search_path=not self.options.runtime_env)}
         return asked
 
     def _check_gpus(self, workers: int) -> None:

@@ -30,11 +30,11 @@ def knock(address: str) -> None:
         ) from None
 
 
-def worker_environment(*, paths: bool = True) -> dict[str, str]:
+def worker_environment(*, search_path: bool = True) -> dict[str, str]:
     """What a worker process needs in its environment: our search path, and large pages for torch's memory.
 
     Args:
-        paths: False leaves the search path out, where it would come before code that Ray was told to send.
+        search_path: False leaves it out, where it would come before code that Ray was told to send.
     """
     fixed = (sys.prefix, sys.base_prefix)
     # Absolute, because workers stand in another folder; an empty entry is the folder we stand in.
@@ -42,7 +42,7 @@ def worker_environment(*, paths: bool = True) -> dict[str, str]:
     joined = os.pathsep.join(dict.fromkeys(path for path in paths if not path.startswith(fixed)))
     # Writing a Jacobian into fresh memory is several times faster on large pages. torch reads this when it loads.
     huge = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")
-    return {"THP_MEM_ALLOC_ENABLE": huge} | ({"PYTHONPATH": joined} if joined and paths else {})
+    return {"THP_MEM_ALLOC_ENABLE": huge} | ({"PYTHONPATH": joined} if joined and search_path else {})
 
 
 @contextlib.contextmanager
