@@ -14,6 +14,7 @@ from jacray.http import wire
 from jacray.http.connection import Connections
 from jacray.http.remote_job import RemoteJob
 from jacray.plans import read_plan
+from jacray.target import Target
 
 PIECE = 1 << 26
 
@@ -27,7 +28,7 @@ def fetch(job: RemoteJob, connections: Connections, to: Path) -> Path:
         UserError: the folder is there already.
         JacrayError: the job has no result.
     """
-    from jacray.store import create, write_block
+    from jacray.store import create, finish, write_block
 
     if to.exists() and any(to.iterdir() if to.is_dir() else (to,)):
         raise UserError("to", "must be a new folder or an empty one", Plain(str(to)))
@@ -38,10 +39,11 @@ def fetch(job: RemoteJob, connections: Connections, to: Path) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        made = create(beside / "results.zarr", plan, structure)
+        made = create(Target(str(beside.absolute())), plan, structure)
         for array in plan.arrays:
             for start, stop in _ranges(array, plan.samples):
                 write_block(made, array, job.array(array.key, start, stop), start)
+        finish(made)
         (beside / "receipt.json").write_text(json.dumps(receipt, indent=1), encoding="utf-8")
         if to.exists():
             to.rmdir()
