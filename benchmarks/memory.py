@@ -21,7 +21,12 @@ def available() -> int:
 
 
 def peak_of(call: Callable[[], Any], device: str = "cpu") -> int | None:
-    """The growth of memory at its highest while a call runs, its result included; None where unknown.
+    """The growth of memory at its highest while a call runs, its result included; None where unknown."""
+    return watched(call, device)[1]
+
+
+def watched(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, int | None]:
+    """What a call returns, and the growth of memory at its highest while it runs; None where that is unknown.
 
     On a GPU the allocator's count; in main memory the process's resident memory, of which Linux keeps a high-water mark
     that a write of 5 to `clear_refs` sets back. Memory that an allocator kept from earlier calls is given back to the
@@ -29,27 +34,25 @@ def peak_of(call: Callable[[], Any], device: str = "cpu") -> int | None:
     """
     trim()
     if device != "cpu":
-        return _device_peak(call, device)
-    with contextlib.suppress(OSError):
+        return _watched_on(call, device)
+    try:
         _CLEAR.write_text("5")
         before = _field("VmRSS")
-        result = call()
-        peak = _field("VmHWM") - before
-        del result
-        return max(peak, 0)
-    call()
-    return None
+    except OSError:
+        return call(), None
+    result = call()
+    return result, max(_field("VmHWM") - before, 0)
 
 
-def _device_peak(call: Callable[[], Any], device: str) -> int:
+def _watched_on(call: Callable[[], Any], device: str) -> tuple[Any, int]:
     import torch
 
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    call()
+    result = call()
     torch.cuda.synchronize(device)
-    return int(torch.cuda.max_memory_allocated(device)) - before
+    return result, int(torch.cuda.max_memory_allocated(device)) - before
 
 
 def trim() -> None:
