@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from jacray_workers import pages
 from jacray_workers.errors import InputError
 from jacray_workers.plan import ArrayPlan, Plan, Shard
 from jacray_workers.rowcuts import place
@@ -155,5 +156,5 @@ class Gather:
         if where is None:
             return None
         if array.key not in self.whole:
-            self.whole[array.key] = torch.empty(array.shape, dtype=getattr(torch, array.dtype))
+            self.whole[array.key] = pages.empty(array.shape, getattr(torch, array.dtype))
         return self.whole[array.key][where]

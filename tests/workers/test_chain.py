@@ -372,7 +372,7 @@ def test_no_cut_inside_a_residual_block():
     problem, leaves = made(nn.Sequential(Block(), Block(), nn.Linear(40, 40)), torch.randn(3, 40))
     batch = place(problem, leaves)
     with problem.session():
-        tape = chaining.record(problem, problem.values(batch), batch)
+        tape = chaining.record(problem, problem.values(batch), batch)[0]
     names = [tape.nodes[at].name for at in cuts.bottlenecks(tape)]
     assert names == ["add", "add", "linear", "reshape"]
 
@@ -472,13 +472,40 @@ def test_what_is_remembered_goes_with_the_problem():
     assert number not in chain._MEMORIES
 
 
-def test_a_second_call_records_nothing(monkeypatch):
+def test_a_second_call_prepares_nothing(monkeypatch):
     problem, leaves = made(mlp(400, 300, 8, 300, 400), torch.randn(3, 400))
     batch = place(problem, leaves)
     with problem.session():
         first = chain.jacobian(problem, batch)[0]
-        monkeypatch.setattr(chaining, "record", None)
+        monkeypatch.setattr(chaining, "_prepare", None)
         assert torch.equal(chain.jacobian(problem, batch)[0], first)
+
+
+@pytest.mark.parametrize("change", ["factor", "operator", "constant"])
+def test_other_calls_are_prepared_for_anew(change):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.tail = mlp(400, 300, 8, 300), nn.Linear(300, 400)
+            self.settings, self.shift, self.act = {"factor": 2.0}, torch.zeros(300), torch.tanh
+
+        def forward(self, x):
+            return self.tail(self.act(self.settings["factor"] * self.body(x) + self.shift))
+
+    model = Scaled()
+    problem, leaves = made(model, torch.randn(3, 400))
+    batch = place(problem, leaves)
+    with problem.session():
+        chain.jacobian(problem, batch)
+        if change == "factor":
+            # Too little to be seen in the outputs.
+            model.settings["factor"] = 2.0 + 1e-9
+        elif change == "operator":
+            model.act = torch.sigmoid
+        else:
+            model.shift = torch.full((300,), 1e-9)
+        found = chain.jacobian(problem, batch)
+        assert worst(found, brute(problem, batch, range(400))) < 1e-12
 
 
 def test_the_cuts_are_told_as_text():

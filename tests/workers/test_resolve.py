@@ -410,7 +410,7 @@ def test_a_budget_too_small_names_both_figures():
 
 def test_a_chunk_that_does_not_fit_the_budget():
     x = torch.ones(64, 256)
-    error = mistake(BudgetError, nn.Linear(256, 256), x, memory_budget="20MiB", chunk_size=64)
+    error = mistake(BudgetError, nn.Linear(256, 256), x, memory_budget="17MiB", chunk_size=64)
     assert "64 samples at a time" in error.rule
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jacray_workers import rowcuts
+from jacray_workers import pages, rowcuts
 from jacray_workers.errors import BudgetError, JobError, NonFiniteError
 from jacray_workers.kernels import pick
-from jacray_workers.kernels.common import blocks_for
+from jacray_workers.kernels.common import Targets, blocks_for
 from jacray_workers.plan import ArrayPlan, Shard
 from jacray_workers.planning.memory import out_of_memory, release
 from jacray_workers.problem.blame import accuse
@@ -106,7 +107,7 @@ def _run(
             release(prepared.problem.device)
         reducer.finish()
         blocks = buffers.finished()
-        bad = _nonfinite(prepared, shard, blocks)
+        bad = _nonfinite(prepared, shard, blocks, buffers.finite)
         checks = check_shard(prepared, shard, blocks) if not bad else ()
     facts: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(prepared.problem.device)}
     if backoffs:
@@ -140,6 +141,8 @@ class _Buffers:
         self.parts: dict[str, list[Tensor]] = {}
         self.tensors: dict[str, Tensor] = {}
         self.added: list[tuple[ArrayPlan, Tensor]] = []
+        # Samples whose numbers are known to be finite, by array.
+        self.finite: Counter[str] = Counter()
         for array in prepared.plan.arrays:
             if array.factored:
                 self.parts[array.key] = []
@@ -151,7 +154,7 @@ class _Buffers:
         if array.axis < 0:
             return torch.zeros(shape, dtype=torch.float64)
         shape[array.axis] = self.shard.stop - self.shard.start
-        return torch.empty(shape, dtype=TORCH_OF[array.dtype])
+        return pages.empty(shape, TORCH_OF[array.dtype])
 
     def beside(self, array: ArrayPlan, problem: Problem) -> bool:
         """Whether the array's buffer is in the memory that the problem computes in."""
@@ -258,15 +261,16 @@ def _jacobian(
     size = stop - start
     direct = one_out and all(_direct(a, problem) and buffers.beside(a, problem) for a in arrays)
     if direct:
-        into = [
+        into = Targets(
             buffers.view(a, start, stop).view(size, problem.rows, *leaf.shape)
             for a, leaf in zip(arrays, problem.leaves, strict=True)
-        ]
+        )
     else:
-        into = blocks_for(problem, size, problem.rows, None)
+        into = Targets(blocks_for(problem, size, problem.rows, None))
     blocks = by_rows(kernel, problem, batch, into, plan.row_chunk)
     if not direct:
         _put_split(problem, blocks, start, stop, buffers)
+    buffers.finite.update({a.key: size for a in arrays if direct and a.leaf in into.finite})
     return blocks
 
 
@@ -305,9 +309,13 @@ def _by_output(problem: Any, block: Tensor) -> list[Tensor]:
     return [block[:, o.rows.start : o.rows.stop].unflatten_rows(o.shape) for o in problem.outs]  # type: ignore[attr-defined]
 
 
-def _nonfinite(prepared: Prepared, shard: Shard, blocks: dict[str, Tensor]) -> tuple[NonFinite, ...]:
+def _nonfinite(
+    prepared: Prepared, shard: Shard, blocks: dict[str, Tensor], finite_samples: Counter[str]
+) -> tuple[NonFinite, ...]:
     found = []
     for array in prepared.plan.arrays:
+        if finite_samples[array.key] == shard.stop - shard.start:
+            continue
         bad = finite.locate(array.key, blocks[array.key], array.axis, shard.start)
         if bad is not None:
             found.append(bad)

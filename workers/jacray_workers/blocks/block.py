@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from jacray_workers import pages
 from jacray_workers.blocks import index as blocks_index
 from jacray_workers.blocks import inner as blocks_math
 from jacray_workers.blocks.join import cat_terms
@@ -104,7 +105,7 @@ class Block(torch.Tensor):
         if out is None:
             if len(self.terms) == 1 and isinstance(self.terms[0], Dense) and self.terms[0].view is None:
                 return self.terms[0].block.to(self.dtype).reshape(self.shape)
-            out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            out = pages.empty(self.shape, self.dtype, self.device)
         flat = out.view(self.samples, self.rows, *self.param_shape)
         write_terms(self.terms, flat)
         return out
@@ -168,6 +169,10 @@ class Block(torch.Tensor):
             for u in right.terms:
                 found += blocks_math.gram(t, u, self.param_shape)
         return found.reshape((*self._lead, *self.out_shape, *right._lead, *right.out_shape))
+
+    def bound(self) -> float:
+        """No number of the block is larger than this; NaN where that cannot be said."""
+        return sum(term.bound() for term in self.terms)
 
     def norms(self) -> Tensor:
         """The Frobenius norm of each sample's block: `(B,)`."""

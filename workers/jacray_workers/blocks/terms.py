@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from jacray_workers.blocks.windows import Window
 from jacray_workers.blocks.write import add_or_copy, write_eye, write_outer
+from jacray_workers.trust.finite import largest
 
 Index = slice | Tensor
 
@@ -65,6 +66,10 @@ class Term(abc.ABC):
     @abc.abstractmethod
     def push(self, v: Tensor) -> Tensor:
         """The product with `v`, `(B or 1, *own)`: `(B, R)`."""
+
+    @abc.abstractmethod
+    def bound(self) -> float:
+        """No number of the dense term is larger than this; NaN or infinity where that cannot be said."""
 
     def spec(self) -> dict[str, Any]:
         """What is not a tensor, as plain data."""
@@ -164,6 +169,10 @@ class Outer(Term):
             return u[:, 0, self.start : self.start + self.count]
         return dot_rows(self.g, u)
 
+    @override
+    def bound(self) -> float:
+        return largest(self.a) * (1.0 if self.g is None else self.a.shape[1] * largest(self.g))
+
 
 @dataclass(frozen=True, eq=False)
 class Conv(Term):
@@ -231,6 +240,12 @@ class Conv(Term):
         matrix = self.matrix(v)
         return dot_rows(self.cots(), self.acts() @ (matrix if self.flip else matrix.mT))
 
+    @override
+    def bound(self) -> float:
+        # A number of the kernel meets each input of an image at most once, and each cotangent.
+        places = min(self.x.shape[3:].numel(), self.g.shape[4:].numel())
+        return largest(self.x) * largest(self.g) * self.x.shape[1] * places
+
 
 @dataclass(frozen=True, eq=False)
 class Lookup(Term):
@@ -275,6 +290,10 @@ class Lookup(Term):
         index = self.index.unsqueeze(2).expand(-1, -1, flat.shape[2])
         return dot_rows(self.g, flat.gather(1, index))
 
+    @override
+    def bound(self) -> float:
+        return self.index.shape[1] * largest(self.g)
+
 
 @dataclass(frozen=True, eq=False)
 class Dense(Term):
@@ -310,6 +329,10 @@ class Dense(Term):
     @override
     def push(self, v: Tensor) -> Tensor:
         return dot_rows(self.block, v.expand(self.block.shape[0], *self.own))
+
+    @override
+    def bound(self) -> float:
+        return largest(self.block)
 
 
 KINDS: dict[str, type[Term]] = {"outer": Outer, "conv": Conv, "lookup": Lookup, "dense": Dense}

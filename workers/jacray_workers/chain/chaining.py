@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from jacray_workers.chain.bracket import Bracket
 from jacray_workers.chain.cuts import BATCH, Cut, Cuttings, Layout, bottlenecks, cuttings, layouts, operations
 from jacray_workers.chain.segments import WORKSPACE, Run, adjoint_gap, passes, vector_bytes, vmap_gap
 from jacray_workers.chain.sink import sink
-from jacray_workers.chain.tape import Tape
+from jacray_workers.chain.tape import Tape, blank, same_calls
 from jacray_workers.chain.trace import Untraceable, record
 from jacray_workers.planning.memory import out_of_memory
 from jacray_workers.problem.problem import Problem
@@ -62,7 +62,8 @@ class Prepared:
         samples: the size of the batch.
         keep: the values that a replay must not let go.
         loops: the segments whose backward does not run under `vmap`.
-        trusted: a block has been compared with plain autograd.
+        trusted: holds something once a block has been compared with plain autograd; shared by all that is made of
+            one preparation.
     """
 
     cuttings: Cuttings
@@ -70,7 +71,7 @@ class Prepared:
     samples: int
     keep: frozenset[int]
     loops: frozenset[tuple[int, int]]
-    trusted: bool = False
+    trusted: set[bool] = field(default_factory=set)
 
     def start(self, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Run:
         """Run the model on a batch."""
@@ -91,21 +92,57 @@ def _start(
     return Run(found, probes.replay(found.tape, leaves, own, keep), samples, loops)
 
 
-def prepare(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Prepared | str:
-    """Everything that the second call need not do again, or why `chain` is refused."""
+@dataclass
+class Kept:
+    """What is kept of one preparation, and outlives the model: no tensor of its.
+
+    Attributes:
+        raw: the tape as it was recorded.
+        prepared: what was made of it.
+    """
+
+    raw: Tape
+    prepared: Prepared
+
+
+Known = dict[Hashable, Kept | str]
+
+
+def ready(
+    problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor], known: Known, key: Hashable
+) -> tuple[Prepared, Tensor] | str:
+    """The preparation for this batch, and what the model itself says of it; or why `chain` is refused.
+
+    The model runs, and its calls are recorded, every time: only where they are the ones that were prepared for, to the
+    last plain argument, is the preparation used again, with the tensors that the model uses now.
+    """
+    kept = known.get(key)
+    if isinstance(kept, str):
+        return kept
     try:
-        return _prepare(problem, values, batch)
-    except Untraceable as finding:
-        return str(finding)
+        tape, now = record(problem, values, batch)
+        if kept is None or not same_calls(kept.raw, tape):
+            prepared = _prepare(problem, tape, values, batch)
+            cut = prepared.cuttings
+            kept = Kept(blank(tape), replace(prepared, cuttings=replace(cut, tape=blank(cut.tape))))
+            known[key] = kept
     except Exception as error:
         if out_of_memory(error):
             raise
-        return f"its calls cannot be recorded ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
+        known[key] = refused = _why(error)
+        return refused
+    cut = kept.prepared.cuttings
+    return replace(kept.prepared, cuttings=replace(cut, tape=replace(cut.tape, constants=tape.constants))), now
 
 
-def _prepare(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Prepared:
+def _why(error: Exception) -> str:
+    if isinstance(error, Untraceable):
+        return str(error)
+    return f"its calls cannot be recorded ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
+
+
+def _prepare(problem: Problem, tape: Tape, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Prepared:
     samples = batch[0].shape[0]
-    tape = record(problem, values, batch)
     tape, env, costs = _priced(tape, values, batch, samples)
     places = [v for at in bottlenecks(tape) for v in tape.nodes[at].makes if v in tape.dep]
     places = [v for v in places if env[v].dtype == problem.dtype and layouts(tuple(env[v].shape), samples)]

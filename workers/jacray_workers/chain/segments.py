@@ -12,7 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacray_workers.chain.bracket import Bracket
 from jacray_workers.chain.cuts import Cut, Cuttings
-from jacray_workers.kernels.common import spans
+from jacray_workers.kernels.common import Targets, note_bound, spans
+from jacray_workers.kernels.sweep import sweep
+from jacray_workers.trust.finite import largest
 
 # Bytes that the vectors in flight may take beside the matrices themselves.
 WORKSPACE = 256 << 20
@@ -137,7 +139,11 @@ def pull(run: Run, start: Cut, stop: Cut, cotangents: Tensor, loop: bool) -> lis
     if loop:
         found = [one(v) for v in cotangents]
         return [torch.stack(part) for part in zip(*found, strict=True)]
-    return list(vmap(one)(cotangents))
+    made = sweep(outputs[0], inputs, cotangents)
+    if made is None:
+        return list(vmap(one)(cotangents))
+    size = len(cotangents)
+    return [t.new_zeros(size, *t.shape) if g is None else g for t, g in zip(inputs, made, strict=True)]
 
 
 def _forward(run: Run, bracket: Bracket, rows: range, into: Matrices | None) -> Matrices:
@@ -216,6 +222,10 @@ def _product(run: Run, bracket: Bracket, rows: range, into: Matrices | None) -> 
     rights = _part(run, bracket.right, rows)
     targets = into if into is not None else [None] * len(rights)
     found = [multiply(left, right, target) for right, target in zip(rights, targets, strict=True)]
+    if isinstance(into, Targets):
+        size = largest(left) * left.shape[2]
+        for place, right in enumerate(rights):
+            note_bound(into, place, size * largest(right))
     return _deliver(found, into)
 
 

@@ -129,6 +129,43 @@ class Tape:
         return env
 
 
+def blank(tape: Tape) -> Tape:
+    """The tape with tensors like its constants that hold nothing: what may be kept when the model is gone."""
+    constants = tuple((value, torch.empty_like(tensor, device="meta")) for value, tensor in tape.constants)
+    return replace(tape, constants=constants)
+
+
+def same_calls(a: Tape, b: Tape) -> bool:
+    """Whether two tapes make the same calls with the same plain arguments, on constants that look alike."""
+    if (a.leaves, a.inputs, a.output, a.count, a.dep) != (b.leaves, b.inputs, b.output, b.count, b.dep):
+        return False
+    if [_looks(c) for c in a.constants] != [_looks(c) for c in b.constants] or len(a.nodes) != len(b.nodes):
+        return False
+    return all(_same_call(x, y) for x, y in zip(a.nodes, b.nodes, strict=True))
+
+
+def _looks(constant: tuple[int, Tensor]) -> tuple[Any, ...]:
+    value, tensor = constant
+    return value, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _same_call(a: Node, b: Node) -> bool:
+    places = (a.slots, a.keys, a.outs, a.writes, a.written) == (b.slots, b.keys, b.outs, b.writes, b.written)
+    return (
+        places
+        and bool(a.func == b.func)
+        and a.spec == b.spec
+        and len(a.leaves) == len(b.leaves)
+        and all(_same_leaf(x, y) for x, y in zip(a.leaves, b.leaves, strict=True))
+    )
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    """Plain values by value, anything else by identity; 1, 1.0 and True are three arguments."""
+    plain = isinstance(a, bool | int | float | complex | str | slice | torch.dtype | torch.device)
+    return a is b or (plain and type(a) is type(b) and a == b)
+
+
 def trim(tape: Tape) -> Tape:
     """The tape without the calls and constants that the output does not need."""
     needed = {tape.output}

@@ -27,6 +27,8 @@ _METADATA = frozenset(
         *("get_device", "type", "result_type", "can_cast", "__hash__"),
     }
 )
+# Types of arguments that hold nothing else.
+_LEAVES = frozenset({Tensor, torch.nn.Parameter, bool, int, float, str, slice, type(None), torch.dtype, torch.device})
 # Calls that differentiate, or change what differentiation means: a tape would replay the value and lose the meaning.
 _MEDDLING = frozenset(
     {"grad", "backward", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "__set__"}
@@ -37,8 +39,11 @@ class Untraceable(Exception):  # noqa: N818  # a finding about the model, which 
     """The model's calls do not make a tape that holds for other inputs."""
 
 
-def record(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Tape:
+def record(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> tuple[Tape, Tensor]:
     """Run the problem's forward once and record its calls.
+
+    Returns:
+        The tape, and what the problem's forward returned.
 
     Raises:
         Untraceable: the calls do not make a tape that holds for other inputs.
@@ -47,7 +52,7 @@ def record(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) 
     recorder = Recorder(leaves, batch)
     with recorder:
         output = problem.forward(leaves, batch)
-    return recorder.tape(output)
+    return recorder.tape(output), output.detach()
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,10 @@ class _Call:
 
     @classmethod
     def of(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
         plain = [*args, *kwargs.values()]
+        if _LEAVES.issuperset(map(type, plain)):
+            return cls(func, call_name(func), plain, None, tuple(kwargs))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
         flat = len(plain) == len(leaves) and all(a is b for a, b in zip(plain, leaves, strict=True))
         return cls(func, call_name(func), leaves, None if flat else spec, tuple(kwargs) if flat else ())
 
@@ -98,7 +105,8 @@ class Recorder(TorchFunctionMode):
         slots = [(at, self._take(leaf, call.name)) for at, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)]
         result = func(*args, **(kwargs or {}))
         written = {id(call.leaves[at]): at for at, _ in slots if self._changed(call.leaves[at])}
-        made = [(at, t) for at, t in enumerate(pytree.tree_leaves(result)) if isinstance(t, Tensor)]
+        results = [result] if type(result) is Tensor else pytree.tree_leaves(result)
+        made = [(at, t) for at, t in enumerate(results) if isinstance(t, Tensor)]
         if written:
             self._write(call, slots, written, made)
         elif made:

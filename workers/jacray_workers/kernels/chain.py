@@ -10,17 +10,17 @@ Source: U. Naumann, "Matrix-free Jacobian chaining", arXiv:2406.11862.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from jacray_workers.chain import probes
-from jacray_workers.chain.chaining import ChainPlan, Prepared, prepare
+from jacray_workers.chain.chaining import ChainPlan, Known, Prepared, ready
 from jacray_workers.chain.segments import Run, make
 from jacray_workers.errors import MethodError
-from jacray_workers.kernels.common import blocks_for
+from jacray_workers.kernels.common import Targets, blocks_for
 from jacray_workers.problem.problem import Problem
 
 # How far a first block may lie from plain autograd, relative to the size of the terms that are summed.
@@ -29,8 +29,6 @@ AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}
 SHAPES = 8
 _WAY_OUT = "method='auto' finds one that can"
 
-_Key = tuple[tuple[object, ...], ...]
-
 
 @dataclass
 class _Memory:
@@ -38,12 +36,10 @@ class _Memory:
 
     Attributes:
         alive: the problem, while it is.
-        known: by shape of batch, what was prepared, or why `chain` is refused.
         band: the run that a caller is taking rows from in bands, with its batch.
     """
 
     alive: weakref.ref[Problem]
-    known: dict[_Key, Prepared | str] = field(default_factory=dict)
     band: tuple[list[tuple[weakref.ref[Tensor], int]], Prepared, Run] | None = None
 
     def let_go(self, _: object) -> None:
@@ -73,8 +69,8 @@ def price(problem: Problem, batch: Sequence[Tensor]) -> ChainPlan | str:
     refused = refuse(problem)
     if refused:
         return refused
-    found = _prepared(problem, problem.values(batch), batch)
-    return found if isinstance(found, str) else found.plan
+    found = _ready(problem, problem.values(batch), batch)
+    return found if isinstance(found, str) else found[0].plan
 
 
 def cuts(problem: Problem, batch: Sequence[Tensor]) -> tuple[str, ...]:
@@ -98,19 +94,21 @@ def jacobian(
     wanted = range(problem.rows) if rows is None else rows
     prepared, run = _start(problem, batch, wanted)
     blocks = blocks_for(problem, size, len(wanted), into)
-    targets = [
+    targets = Targets(
         block.view(size, len(wanted), leaf.size)
         if block.is_contiguous() and block.dtype == problem.dtype
         else run.env[prepared.cuttings.tape.output].new_empty(size, len(wanted), leaf.size)
         for block, leaf in zip(blocks, problem.leaves, strict=True)
-    ]
+    )
     make(run, prepared.plan.bracket, wanted, targets)
     if not prepared.trusted:
         _trust(problem, run, targets, wanted, batch)
-        prepared.trusted = True
+        prepared.trusted.add(True)
     for block, target in zip(blocks, targets, strict=True):
         if block.data_ptr() != target.data_ptr():
             block.copy_(target.view(block.shape))
+    if isinstance(into, Targets):
+        into.finite |= targets.finite
     return blocks
 
 
@@ -149,29 +147,23 @@ def _start(problem: Problem, batch: Sequence[Tensor], wanted: range) -> tuple[Pr
 
 
 def _fresh(problem: Problem, values: list[Tensor], batch: Sequence[Tensor]) -> tuple[Prepared, Run]:
-    """Replay the model, and compare with what it says itself now: it may have changed since it was recorded."""
-    with torch.no_grad():
-        now = problem.forward(values, batch)
-    for attempt in range(2):
-        prepared = _prepared(problem, values, batch)
-        if isinstance(prepared, str):
-            raise _cannot(prepared)
-        run = prepared.start(values, batch)
-        if not probes.differ(run.env[prepared.cuttings.tape.output].detach(), now):
-            return prepared, run
-        if not attempt:
-            _memory(problem).known.pop(_key(values, batch))
-    raise _cannot("its recorded calls give other outputs than the model")
+    """Replay the model, and compare with what it says itself now."""
+    found = _ready(problem, values, batch)
+    if isinstance(found, str):
+        raise _cannot(found)
+    prepared, now = found
+    run = prepared.start(values, batch)
+    if probes.differ(run.env[prepared.cuttings.tape.output].detach(), now):
+        raise _cannot("its recorded calls give other outputs than the model")
+    return prepared, run
 
 
-def _prepared(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Prepared | str:
-    known = _memory(problem).known
-    key = _key(values, batch)
-    if key not in known:
-        if len(known) >= SHAPES:
-            known.pop(next(iter(known)))
-        known[key] = prepare(problem, values, batch)
-    return known[key]
+def _ready(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> tuple[Prepared, Tensor] | str:
+    """What is known of this shape of batch, for as long as anything is kept of the problem."""
+    known: Known = problem.memo.setdefault("chain", {})
+    if len(known) > SHAPES:
+        known.pop(next(iter(known)))
+    return ready(problem, values, batch, known, _key(problem, values, batch))
 
 
 def _memory(problem: Problem) -> _Memory:
@@ -184,9 +176,10 @@ def _memory(problem: Problem) -> _Memory:
     return memory
 
 
-def _key(values: Sequence[Tensor], batch: Sequence[Tensor]) -> _Key:
-    """A recording holds for tensors of the same shape, strides and type."""
-    return tuple((tuple(t.shape), t.stride(), t.dtype) for t in (*values, *batch))
+def _key(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Hashable:
+    """A recording holds for the same leaves and outputs, and for tensors of the same shape, strides and type."""
+    tensors = tuple((tuple(t.shape), t.stride(), t.dtype) for t in (*values, *batch))
+    return problem.leaves, problem.outs, problem.point, tensors
 
 
 def _trust(problem: Problem, run: Run, blocks: list[Tensor], wanted: range, batch: Sequence[Tensor]) -> None:

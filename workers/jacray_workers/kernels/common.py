@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jacray_workers import pages
 from jacray_workers.problem.problem import Leaf, Problem
 
 Sample = Callable[..., Tensor]
@@ -57,13 +58,31 @@ def spans(rows: range, width: int | None) -> Iterator[range]:
         yield range(start, min(start + step, rows.stop))
 
 
+class Targets(list[Tensor]):
+    """Buffers to write blocks to, one per leaf.
+
+    Attributes:
+        finite: the places of the buffers that were filled with numbers known to be finite, from bounds on what they
+            were made of: reading a large result again would cost as much as writing it.
+    """
+
+    def __init__(self, buffers: Iterable[Tensor]) -> None:
+        super().__init__(buffers)
+        self.finite: set[int] = set()
+
+
+def note_bound(into: Sequence[Tensor] | None, place: int, bound: float) -> None:
+    """Tell a caller who wants to know that no number of a buffer is larger than `bound`; NaN where it may be NaN."""
+    if isinstance(into, Targets) and bound < torch.finfo(into[place].dtype).max / 2:
+        into.finite.add(place)
+
+
 def blocks_for(problem: Problem, size: int, count: int, into: list[Tensor] | None) -> list[Tensor]:
     """Buffers `(size, count, *leaf)` to write blocks to: the caller's where given."""
     if into is not None:
         return into
+    dtypes = [torch.promote_types(leaf.dtype, problem.dtype) for leaf in problem.leaves]
     return [
-        torch.empty(
-            size, count, *leaf.shape, dtype=torch.promote_types(leaf.dtype, problem.dtype), device=problem.device
-        )
-        for leaf in problem.leaves
+        pages.empty((size, count, *leaf.shape), dtype, problem.device)
+        for leaf, dtype in zip(problem.leaves, dtypes, strict=True)
     ]

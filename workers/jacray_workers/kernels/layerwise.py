@@ -10,17 +10,19 @@ per-example gradient computations in convolutional neural networks" (2019).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from jacray_workers import pages
 from jacray_workers.blocks.block import Block, DenseBlock, dense_block, smaller, write_terms
 from jacray_workers.blocks.join import cast, cat_terms
 from jacray_workers.blocks.terms import Dense, Term
 from jacray_workers.errors import MethodError
-from jacray_workers.kernels.common import blocks_for, per_sample, spans
+from jacray_workers.kernels.common import blocks_for, note_bound, per_sample, spans
 from jacray_workers.kernels.pullback import Point, pull
 from jacray_workers.problem.problem import Leaf, Problem
 from jacray_workers.taps.record import Pulled, Tape, pull_cotangents, pull_rows, record
@@ -69,14 +71,19 @@ def jacobian(
 
 
 def _dense(tape: Tape, rows: range, into: list[Tensor], width: int | None) -> list[Tensor]:
+    bounds = [0.0] * len(into)
     for span in spans(rows, width):
         place = slice(span.start - rows.start, span.stop - rows.start)
         pulled = pull_rows(tape, span)
-        for target, grad, terms in zip(into, pulled.grads, pulled.terms, strict=True):
+        for i, (target, grad, terms) in enumerate(zip(into, pulled.grads, pulled.terms, strict=True)):
             if grad is None:
                 write_terms(terms, target[:, place])
+                bounds[i] += sum(term.bound() for term in terms)
             else:
                 target[:, place] = grad.transpose(0, 1)
+                bounds[i] = math.nan
+    for i, bound in enumerate(bounds):
+        note_bound(into, i, bound)
     return into
 
 
@@ -107,7 +114,7 @@ def _block(tape: Tape, leaf: Leaf, terms: list[Term], rows: int, form: Form) -> 
         if [type(t) for t in terms] != [Dense]:
             return Block(terms, (rows,), leaf.shape, dtype, samples=tape.size, device=tape.problem.device)
         return DenseBlock(terms, (rows,), leaf.shape, dtype)
-    out = torch.empty(size, dtype=dtype, device=tape.problem.device)
+    out = pages.empty(size, dtype, tape.problem.device)
     write_terms(terms, out)
     return dense_block(out, (rows,), leaf.shape)
 

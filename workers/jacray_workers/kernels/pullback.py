@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,17 @@ from torch._functorch.predispatch import lazy_load_decompositions
 from torch._functorch.vmap import vmap_increment_nesting
 from torch.autograd.graph import Node
 
+from jacray_workers.kernels.sweep import sweep
 from jacray_workers.planning.memory import out_of_memory
 
 # The two steps that torch.func.vmap is made of; not among torch's public names, the same since 2.0.
 functorch: Any = torch._C._functorch
 
-Trust = dict[tuple[int, ...], bool]
+# What of `sweep`, `vmap` and `loop` was found right for so many cotangents of this shape.
+Trust = dict[tuple[int, ...], str]
+
+
+Way = Callable[[Tensor, Sequence["Point"], Tensor], "list[Tensor] | None"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +47,8 @@ class Point:
 def pull(start: Tensor, points: Sequence[Point], vs: Tensor, trust: Trust | None = None) -> list[Tensor]:
     """The cotangents that `vs`, `(n, *start)`, bring to each point: `(n, *point)`; zeros where none arrives.
 
-    All at once under `vmap` where every operator on the way has a rule for it, else one after another. Batching rules
-    have been wrong before: the first result is compared with a plain backward of a combination of the cotangents.
+    All at once node by node (see `sweep`), else under `vmap`, else one after another. Batching rules have been wrong
+    before: the first result is compared with a plain backward of a combination of the cotangents.
 
     Args:
         start: where the cotangents begin.
@@ -54,18 +59,28 @@ def pull(start: Tensor, points: Sequence[Point], vs: Tensor, trust: Trust | None
     if not points:
         return []
     known = None if trust is None else trust.get(tuple(vs.shape))
-    if vs.shape[0] == 1 or known is False:
-        return _loop(start, points, vs)
+    if vs.shape[0] == 1 and known is None and trust is None:
+        known = "loop"
+    if known is not None:
+        made = _WAYS[known](start, points, vs)
+        if made is not None:
+            return made
+    for name, way in _WAYS.items():
+        found = _attempt(way, start, points, vs)
+        if found is not None and (name == "loop" or _agrees(start, points, vs, found)):
+            if trust is not None:
+                trust[tuple(vs.shape)] = name
+            return found
+    return _loop(start, points, vs)
+
+
+def _attempt(way: Way, start: Tensor, points: Sequence[Point], vs: Tensor) -> list[Tensor] | None:
     try:
-        found = _together(start, points, vs)
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        if out_of_memory(error):
+        return way(start, points, vs)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+        if out_of_memory(error) or way is _loop:
             raise
-        found = None
-    fine = found is not None and (known is True or _agrees(start, points, vs, found))
-    if trust is not None:
-        trust[tuple(vs.shape)] = fine
-    return found if fine and found is not None else _loop(start, points, vs)
+        return None
 
 
 def _agrees(start: Tensor, points: Sequence[Point], vs: Tensor, found: Sequence[Tensor]) -> bool:
@@ -93,6 +108,13 @@ def near(a: Tensor, b: Tensor, parts: Tensor) -> bool:
     return torch.allclose(
         a, b, rtol=tolerance.get(a.dtype, 0.1), atol=float(size) * tolerance.get(a.dtype, 0.1), equal_nan=True
     )
+
+
+def _sweep(start: Tensor, points: Sequence[Point], vs: Tensor) -> list[Tensor] | None:
+    found = sweep(start, [p.at for p in points], vs)
+    if found is None:
+        return None
+    return [p.zeros(vs.shape[0]) if g is None else g for p, g in zip(points, found, strict=True)]
 
 
 def _together(start: Tensor, points: Sequence[Point], vs: Tensor) -> list[Tensor]:
@@ -124,6 +146,9 @@ def _loop(start: Tensor, points: Sequence[Point], vs: Tensor) -> list[Tensor]:
         for target, g in zip(found, filled, strict=True):
             target[i] = g
     return found or [p.zeros(0) for p in points]
+
+
+_WAYS: dict[str, Way] = {"sweep": _sweep, "vmap": _together, "loop": _loop}
 
 
 def nodes_from(root: Node | None) -> set[Node]:

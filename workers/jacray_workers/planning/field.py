@@ -182,6 +182,9 @@ def _runner(
         return lambda: kernel.jacobian(problem, batch, trial_rows, form=request.form)
     rows = None if kernel.__name__.endswith(("chain", "forward")) else trial_rows
     into = blocks_for(problem, size, problem.rows if rows is None else len(rows), None) if reuse else None
+    for block in into or ():
+        # Mapped now: the first write to fresh memory would count against the method that happens to come first.
+        block.zero_()
     return lambda: kernel.jacobian(problem, batch, rows, into)
 
 

@@ -11,8 +11,11 @@ from jacray_workers.plan import ArrayPlan
 from jacray_workers.planning.explain import size as show
 from jacray_workers.planning.memory import Line
 
-# A chunk's working memory beyond this gains no speed and loses the cache; a shard's blocks beyond it travel badly.
+# A chunk's working memory beyond this gains no speed; a shard's blocks beyond it travel badly.
 CHUNK_BYTES = 1 << 28
+# Beyond this it leaves the cache, and the allocator fetches its memory anew for every chunk, which costs work that is
+# all memory traffic several times its time; chunks of few samples cost calls.
+CACHE_BYTES, SEVERAL = 1 << 25, 64
 SHARD_BYTES = 1 << 28
 # Shards per worker: enough that the last ones even out and progress shows, few enough that each is worth its dispatch.
 SHARDS_PER_WORKER = 4
@@ -65,7 +68,10 @@ def sizes(
     if fits < 1 or (chunk_size is not None and fits < chunk_size):
         wanted = chunk_size or 1
         raise refusal(line.at(wanted) + held + shard * per_sample, budget, wanted)
-    cap = max(1, int((CHUNK_BYTES - line.base) / line.slope)) if line.slope > 0 else samples
+    cap = samples
+    if line.slope > 0:
+        most, cached = (int((room - line.base) / line.slope) for room in (CHUNK_BYTES, CACHE_BYTES))
+        cap = max(1, min(most, max(SEVERAL, cached)))
     chunk = chunk_size or max(1, min(fits, cap, shard))
     chunk = min(chunk, samples)
     shard = min(samples, math.ceil(shard / chunk) * chunk)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from jacray_workers.plan import Plan
 from jacray_workers.problem.problem import Problem, as_module
 from jacray_workers.problem.resolve import moved
+from jacray_workers.problem.state import modules_of
 from jacray_workers.request import Request
 
 PER_MODEL = 32
@@ -94,26 +96,37 @@ def _function_state(model: Any) -> tuple[Any, ...] | None:
     """The make-up of a module or a plain function without the values of tensors; None where it cannot be seen."""
     if isinstance(model, nn.Module):
         return _module_state(model)
-    code = getattr(model, "__code__", None)
-    if code is None or not hasattr(model, "__weakref__"):
+    # A bound method lives for one call, and what it does depends on what it is bound to.
+    if not isinstance(model, FunctionType):
         return None
-    cells = tuple(_identity(cell.cell_contents) for cell in (model.__closure__ or ()))
+    code, named = model.__code__, model.__kwdefaults__ or {}
+    try:
+        cells = [cell.cell_contents for cell in (model.__closure__ or ())]
+    except ValueError:
+        # A cell that is not filled yet.
+        return None
+    held = tuple(map(_identity, (*cells, *(model.__defaults__ or ()), *named, *named.values())))
     # A function that reads a global can change behind our back.
     read = tuple((name, _identity(model.__globals__.get(name))) for name in code.co_names)
-    return (code, cells, read)
+    return (code, held, read)
 
 
 def _module_state(module: nn.Module) -> tuple[Any, ...]:
-    tensors = tuple((id(t), t.shape, t.dtype, t.device) for t in (*module.parameters(), *module.buffers()))
-    parts = tuple(
-        (type(m), len(m._forward_hooks), len(m._forward_pre_hooks), *_plain_attributes(m)) for m in module.modules()
-    )
-    return (tensors, parts)
+    return tuple(_part_state(part) for part in modules_of(module))
 
 
-def _plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
+def _part_state(m: nn.Module) -> tuple[Any, ...]:
+    """One submodule without those below it: what it is, its plain attributes, and its tensors but for their values."""
     # `training` is set by the request, whatever the caller's module says.
-    return [(k, v) for k, v in module.__dict__.items() if type(v) in _PLAIN and k != "training"]
+    plain = [(k, v) for k, v in m.__dict__.items() if type(v) in _PLAIN and k != "training"]
+    tensors = [
+        (name, id(t), t.shape, t.dtype, t.device)
+        for table in (m._parameters, m._buffers)
+        for name, t in table.items()
+        if t is not None
+    ]
+    names = (*m._modules, *map(id, m._modules.values()))
+    return type(m), len(m._forward_hooks), len(m._forward_pre_hooks), names, *plain, *tensors
 
 
 def _identity(value: Any) -> Any:

@@ -12,7 +12,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from jacray_workers.errors import ModelError
 from jacray_workers.problem.points import hidden_points
 from jacray_workers.problem.session import seed_generators, session
-from jacray_workers.problem.state import kept
+from jacray_workers.problem.state import kept, modules_of
 from jacray_workers.problem.trees import Arguments
 from jacray_workers.request import ModulePoint
 
@@ -58,21 +58,35 @@ def as_module(model: Any) -> nn.Module:
     return module
 
 
-def _everywhere(module: nn.Module, swapped: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under one name for each place where they stand, so that tied parameters stay tied.
+def own_tensor(module: nn.Module, name: str) -> Tensor:
+    """A module's parameter or buffer by its name."""
+    *path, last = name.split(".")
+    for step in path:
+        module = module._modules[step]  # type: ignore[assignment]
+    found = module._parameters.get(last)
+    return module._buffers[last] if found is None else found  # type: ignore[return-value]
 
-    `functional_call` would tie them itself, but by names: where one module is registered twice it then restores under
-    the second name what it had put there under the first, and the module keeps a stranger's tensors.
+
+@contextlib.contextmanager
+def _in_place(module: nn.Module, swapped: dict[str, Tensor]) -> Iterator[None]:
+    """Other tensors in the places of a module's own, by name; a tied one in each place where it stands.
+
+    `torch.func.functional_call` would do so by names: where one module is registered twice it then restores under the
+    second name what it had put there under the first, and the module keeps a stranger's tensors.
     """
-    places: dict[int, list[str]] = {}
-    for path, part in module.named_modules():
-        for name, tensor in (*part._parameters.items(), *part._buffers.items()):
-            places.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
-    known = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
-    return {place: tensor for name, tensor in swapped.items() for place in places[id(known[name])]}
+    put = {id(own_tensor(module, name)): tensor for name, tensor in swapped.items()}
+    saved: list[tuple[Any, str, Any]] = []
+    try:
+        for part in modules_of(module):
+            for table in cast("tuple[dict[str, Any], ...]", (part._parameters, part._buffers)):
+                places = [(table, name, own) for name, own in table.items() if id(own) in put]
+                saved += places
+                for _, name, own in places:
+                    table[name] = put[id(own)]
+        yield
+    finally:
+        for table, name, own in reversed(saved):
+            table[name] = own
 
 
 def _wrapped(model: nn.Module) -> Any:
@@ -193,14 +207,14 @@ class Problem:
 
     def values(self, batch: Sequence[Tensor]) -> list[Tensor]:
         """The leaves' values for this batch: `(B, *leaf)` for inputs and hidden points, `(*param)` for parameters."""
-        own = dict(self.module.named_parameters(remove_duplicate=False))
         hidden = self._hidden(batch) if any(leaf.side == "module" for leaf in self.leaves) else {}
         found: list[Tensor] = []
         for leaf in self.leaves:
             if leaf.side == "input":
                 found.append(batch[leaf.index].detach())
             elif leaf.side == "param":
-                found.append(self.tensors.get(leaf.name, own.get(leaf.name)).detach())  # type: ignore[union-attr]
+                used = self.tensors.get(leaf.name)
+                found.append((own_tensor(self.module, leaf.name) if used is None else used).detach())
             else:
                 found.append(hidden[leaf.key])
         return found
@@ -272,8 +286,8 @@ class Problem:
 
     def _run(self, swapped: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if swapped:
-            placed = _everywhere(self.module, swapped)
-            return torch.func.functional_call(self.module, placed, args, kwargs, tie_weights=False)
+            with _in_place(self.module, swapped):
+                return self.module(*args, **kwargs)
         return self.module(*args, **kwargs)
 
     def _hidden(self, batch: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -216,18 +216,17 @@ def moved(module: nn.Module, device: torch.device, cast: torch.dtype | None) -> 
     # What is made under the caller's inference mode, tensors of the module included, cannot take part in derivatives.
     # The lock: in another thread's session the module may hold other tensors in its parameters' places.
     with torch.inference_mode(mode=False), lock_of(module):
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            wanted = tensor.detach().to(device=device, dtype=cast if tensor.is_floating_point() else None)
-            if wanted.is_inference():
-                swapped[name] = wanted.clone()
-            elif (
-                wanted.data_ptr() != tensor.data_ptr() or wanted.dtype != tensor.dtype or wanted.device != tensor.device
-            ):
-                swapped[name] = wanted
+        for name, tensor in module.named_parameters():
+            dtype = cast if tensor.is_floating_point() else None
+            if tensor.is_inference() or tensor.device != device or dtype not in (None, tensor.dtype):
+                made = tensor.detach().to(device=device, dtype=dtype)
+                swapped[name] = made.clone() if made.is_inference() else made
         fixed = scripted(module)
         for name, buffer in module.named_buffers():
-            if name not in fixed:
-                swapped.setdefault(name, buffer.detach().clone())
+            made = buffer.detach().to(device=device, dtype=cast if buffer.is_floating_point() else None)
+            alike = made.dtype == buffer.dtype and made.device == buffer.device
+            if name not in fixed or not alike or made.is_inference():
+                swapped[name] = made.clone() if alike else made
     stuck = sorted(fixed.intersection(swapped))
     if stuck:
         rule = "is scripted, so its tensors cannot be cast or moved by jacray"

@@ -7,7 +7,7 @@ import random
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jacray_workers.errors import ModelError
-from jacray_workers.problem.state import kept
+from jacray_workers.problem.state import kept, modules_of
 
 # Not in torch's public names, and not in the stubs either.
 _fallback_warnings: Callable[[bool], None] = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
@@ -41,43 +41,53 @@ def session(
     parameters, buffers and hooks, and the state of the random generators. `seed` is None for a model that draws no
     random numbers; with `stateful` what stands in the modules' lists and dicts is restored too.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lock_of(module))
-        stack.enter_context(kept(module, deep=stateful))
-        stack.enter_context(_kept_requires_grad(module))
-        stack.enter_context(_FAST_PATH_OFF)
-        stack.enter_context(_tf32(tf32))
-        stack.enter_context(_NO_FALLBACK_WARNINGS)
-        if seed is not None:
-            stack.enter_context(_kept_rng())
-            seed_generators(seed)
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(mode=False))
-        stack.enter_context(torch.enable_grad())
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        _switch(module, training)
-        _make_dense(module)
+    parts = modules_of(module)
+    with (
+        lock_of(module),
+        kept(module, deep=stateful),
+        _AsleepParameters(parts),
+        _FAST_PATH_OFF,
+        _NO_FALLBACK_WARNINGS,
+        _surroundings(tf32, seed),
+        torch.enable_grad(),
+    ):
+        _switch(module, parts, training)
+        _make_dense(parts)
         yield
 
 
-def _make_dense(module: nn.Module) -> None:
+def _surroundings(tf32: bool, seed: int | None) -> contextlib.AbstractContextManager[Any]:
+    """What has to be changed outside of the module, which mostly is nothing."""
+    stack = contextlib.ExitStack()
+    if torch.cuda.is_available():
+        stack.enter_context(_tf32(tf32))
+    if seed is not None:
+        stack.enter_context(_kept_rng())
+        seed_generators(seed)
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(mode=False))
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    if "torch._dynamo" in sys.modules:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    return stack
+
+
+def _make_dense(parts: Sequence[nn.Module]) -> None:
     """Let no table of embeddings give sparse gradients; the attributes come back with all others."""
-    for part in module.modules():
+    for part in parts:
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
             part.sparse = False
 
 
-def _switch(module: nn.Module, training: bool) -> None:
+def _switch(module: nn.Module, parts: Sequence[nn.Module], training: bool) -> None:
     """Put the module into train or eval mode.
 
     Raises:
         ModelError: training mode was asked of an exported program, whose mode is part of its graph.
     """
-    if all(part.training == training for part in module.modules()):
+    if all(part.training == training for part in parts):
         return
     try:
         module.train(training)
@@ -112,15 +122,19 @@ class _FallbackWarnings(contextlib.AbstractContextManager[None]):
 _NO_FALLBACK_WARNINGS = _FallbackWarnings()
 
 
-@contextlib.contextmanager
-def _kept_requires_grad(module: nn.Module) -> Iterator[None]:
-    on = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
-    for p in on:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in on:
+class _AsleepParameters(contextlib.AbstractContextManager[None]):
+    """Parameters do not require gradients while it is open."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        found = (p for part in parts for p in part._parameters.values() if p is not None)
+        self._awake = [p for p in found if p.requires_grad and p.is_leaf]
+
+    def __enter__(self) -> None:
+        for p in self._awake:
+            p.requires_grad_(False)
+
+    def __exit__(self, *exc: object) -> None:
+        for p in self._awake:
             p.requires_grad_(True)
 
 
@@ -153,9 +167,6 @@ _FAST_PATH_OFF = _FastPathOff()
 
 @contextlib.contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
-    if not torch.cuda.is_available():
-        yield
-        return
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32, cudnn.allow_tf32 = allowed, allowed

@@ -29,7 +29,19 @@ _DEPTH = 3
 
 def same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
     """The same keys in the same order with identical values; equality would ask tensors for a truth value."""
-    return list(now) == list(before) and all(now[key] is before[key] for key in now)
+    return [*map(id, now.values())] == [*map(id, before.values())] and [*now] == [*before]
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """The module and all within it, each once: what `modules()` gives, in another order at a tenth of the cost."""
+    found = {id(module): module}
+    ahead = [module]
+    while ahead:
+        for part in ahead.pop()._modules.values():
+            if part is not None and id(part) not in found:
+                found[id(part)] = part
+                ahead.append(part)
+    return list(found.values())
 
 
 class Snapshot:
@@ -47,7 +59,7 @@ class Snapshot:
                 dict(m.__dict__),
                 {name: dict(m.__dict__[name]) for name in OWN if isinstance(m.__dict__.get(name), dict)},
             )
-            for m in module.modules()
+            for m in modules_of(module)
         ]
         self._containers: list[tuple[Any, Any]] = []
         self._sources: list[tuple[Any, Any]] = []
@@ -97,6 +109,8 @@ class Snapshot:
 
 def scripted(module: nn.Module) -> frozenset[str]:
     """The names of the parameters and buffers in scripted modules, in whose places nothing else can be put."""
+    if not any(isinstance(part, torch.jit.ScriptModule) for part in modules_of(module)):
+        return frozenset()
     parts = [(path, part) for path, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
     return frozenset(
         f"{path}.{name}" if path else name

@@ -28,7 +28,12 @@ def linear(use: Use) -> Terms:
     found: Terms = {}
     g = rows_last(use, use.cots, use.tap.shape)
     if (path := use.source("weight")) is not None:
-        found[path] = Outer(use.own(path), None, _rows_of(use, "input"), g)
+        a = _rows_of(use, "input")
+        if g.shape[2] > 1 and g.stride(2) == 0:
+            # The same cotangent at every position, as behind a mean over them.
+            found[path] = Outer(use.own(path), None, a.sum(dim=1, keepdim=True), g[:, :, :1])
+        else:
+            found[path] = Outer(use.own(path), None, a, g)
     if (path := use.source("bias")) is not None:
         found[path] = use.summed(path, g)
     return found

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from jacray_workers.errors import MethodError
-from jacray_workers.problem.problem import Problem
+from jacray_workers.problem.problem import Problem, own_tensor
 from jacray_workers.taps.sites import Path, Site, defeat
 
 Func = Callable[..., Any]
@@ -114,7 +114,6 @@ def enter(problem: Problem, batch: Sequence[Tensor], shift: torch.Generator | No
         batch: the placed input leaves.
         shift: moves parameters a little off their values, so that none is constant: for the probe.
     """
-    own = dict(problem.module.named_parameters(remove_duplicate=False))
     values: list[Tensor] = []
     leaves: list[Tensor] = []
     known: dict[int, Tensor] = {}
@@ -128,7 +127,7 @@ def enter(problem: Problem, batch: Sequence[Tensor], shift: torch.Generator | No
         values.append(tensor if leaf.side == "param" else tensor.clone())
         if leaf.side == "param":
             known[id(tensor)] = tensor
-            known[id(own[leaf.name])] = tensor
+            known[id(own_tensor(problem.module, leaf.name))] = tensor
     return Entry(values, [t.clone() for t in batch], leaves, known)
 
 

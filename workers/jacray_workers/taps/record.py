@@ -101,7 +101,7 @@ def _record_data(problem: Problem, batch: Sequence[Tensor]) -> Tape:
     with _Explained(), watch or contextlib.nullcontext():
         y = problem.forward(entry.values, entry.batch)
     if watch is not None:
-        known[PLAIN] = not watch.rewrote
+        known[PLAIN] = "" if watch.rewrote else "plain"
     return Tape(problem, batch[0].shape[0], y, entry, [], None, known)
 
 

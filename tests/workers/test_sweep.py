@@ -1,0 +1,138 @@
+"""The walk back through autograd's graph against autograd's own, one cotangent at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from jacray_workers.kernels.sweep import sweep
+from torch import nn
+
+torch.manual_seed(0)
+D = torch.float64
+W = torch.randn(6, 5, dtype=D)
+B = torch.randn(6, dtype=D)
+K = {n: torch.randn(4, 3, *(3,) * n, dtype=D) for n in (1, 2, 3)}
+FEW = torch.randn(4, 2, 3, 2, dtype=D)
+T = torch.randn(3, 4, 2, 2, dtype=D)
+S = torch.randn(5, dtype=D)
+
+# What is done to x, and the shape of x with the batch first.
+USES = {
+    "linear": (lambda x: F.linear(x, W, B), (3, 5)),
+    "linear on several axes": (lambda x: F.linear(x, W, B).tanh(), (3, 2, 4, 5)),
+    "linear behind a mean": (lambda x: F.linear(F.relu(F.linear(x, W, B)), W.T, S).mean(dim=1), (3, 4, 5)),
+    "linear used twice": (lambda x: F.linear(x, W, B).sum(1) + F.linear(x, W, B)[:, 0], (3, 4, 5)),
+    "addmm with a factor": (lambda x: torch.addmm(B, x, W.T, alpha=0.5), (3, 5)),
+    "products of data": (lambda x: x @ x.mT, (3, 4, 5)),
+    "product of one matrix": (lambda x: (x.flatten(1).T @ x.flatten(1)).sum(0).expand(3, -1), (3, 2, 2)),
+    "a shared matrix": (lambda x: x @ W.T, (3, 4, 5)),
+    "smooth functions": (lambda x: F.gelu(x) + torch.exp(-x.sigmoid()) + F.silu(x) ** 2, (3, 5)),
+    "kinks": (lambda x: F.relu(x) - F.leaky_relu(x) + x.clamp(-0.5, 0.5) + x.abs(), (3, 5)),
+    "sums and factors": (lambda x: torch.add(x, x * S, alpha=2) - x / 3 + 2 * x, (3, 5)),
+    "a spread factor": (lambda x: x[:, :1] * S + x[:, 1:2].expand(-1, 5), (3, 5)),
+    "axes": (lambda x: x.transpose(1, 2).permute(0, 2, 1).unsqueeze(1).squeeze(1).flatten(1), (3, 4, 5)),
+    "parts": (lambda x: torch.cat([p * (i + 1) for i, p in enumerate(x.split(2, dim=-1))], dim=1), (3, 5)),
+    "some parts": (lambda x: x.split(2, dim=-1)[1] + x.unbind(dim=-1)[0][:, None], (3, 5)),
+    "entries": (lambda x: torch.stack([p * (i + 1) for i, p in enumerate(x.unbind(1))]).sum(0), (3, 4, 5)),
+    "means": (lambda x: x.mean(dim=(1, 2)) + x.mean(dim=-1, keepdim=True)[:, 0] + x.sum(dim=-2), (3, 4, 1)),
+    "conv1d": (lambda x: F.conv1d(x, K[1], stride=2, padding=1), (3, 3, 9)),
+    "conv2d": (lambda x: F.relu(F.conv2d(x, K[2], padding=1, dilation=2)), (3, 3, 9, 8)),
+    "conv2d twice": (lambda x: F.conv2d(F.relu(F.conv2d(x, K[2])), K[2].mT.transpose(0, 1)), (3, 3, 7, 7)),
+    "conv2d of few channels": (lambda x: F.conv2d(x, FEW, stride=(2, 1), padding=(1, 0)), (3, 2, 8, 7)),
+    "conv2d in groups": (lambda x: F.conv2d(x, K[2][:, :1], groups=2), (3, 2, 6, 6)),
+    "conv3d": (lambda x: F.conv3d(x, K[3]), (3, 3, 4, 4, 4)),
+    "transposed conv": (lambda x: F.conv_transpose2d(x, T, stride=2, output_padding=1), (3, 3, 4, 4)),
+    "norm": (lambda x: F.layer_norm(x, (5,), S, S).softmax(dim=-1), (3, 4, 5)),
+    "pool": (lambda x: F.avg_pool2d(F.max_pool2d(x, 2), 2), (3, 2, 8, 8)),
+    "complex numbers between": (
+        lambda x: torch.fft.irfft(torch.fft.rfft(x) * (1 + 2j), n=5) + torch.fft.rfft(x).abs()[:, :1],
+        (3, 5),
+    ),
+    "two precisions": (lambda x: x.float().tanh() * 2 + x, (3, 5)),
+    "attention": (lambda x: (x @ x.mT + S[:4].diag()).softmax(-1) @ x, (3, 2, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("rows_first", [False, True])
+@pytest.mark.parametrize("name", USES)
+def test_agrees_with_autograd(name, rows_first):
+    use, shape = USES[name]
+    leaf = torch.randn(shape, dtype=D, requires_grad=True)
+    x = leaf.clone()
+    y = use(x)
+    vs = (
+        torch.randn(4, *y.shape, dtype=D)
+        if rows_first
+        else torch.randn(4, 1, *y.shape[1:], dtype=D).expand(4, *y.shape)
+    )
+    found = sweep(y, [leaf, x], vs)
+    assert found is not None
+    plain = torch.stack([torch.autograd.grad(y, leaf, v, retain_graph=True)[0] for v in vs])
+    for g in found:
+        torch.testing.assert_close(g, plain, rtol=1e-10 if name != "two precisions" else 1e-6, atol=1e-12)
+
+
+def test_an_inner_place_gets_its_shape():
+    x = torch.randn(3, 4, 5, dtype=D, requires_grad=True)
+    flat = x.reshape(12, 5)
+    made = torch.addmm(B, flat, W.T)
+    y = made.reshape(3, 4, 6).mean(dim=1)
+    vs = torch.eye(6, dtype=D)[:, None].expand(-1, 3, -1)
+    found = sweep(y, [x, flat, made], vs)
+    assert found is not None
+    for place, g in zip((x, flat, made), found, strict=True):
+        plain = torch.stack([torch.autograd.grad(y, place, v, retain_graph=True)[0] for v in vs])
+        torch.testing.assert_close(g, plain)
+
+
+def test_a_place_that_nothing_leads_to_gets_none():
+    x, z = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+    found = sweep(x * 2, [x, z], torch.ones(2, 3, 5))
+    assert found is not None
+    assert found[0] is not None
+    assert found[1] is None
+
+
+def test_a_relu_that_is_off_passes_nothing_infinite():
+    x = torch.tensor([[-1.0, 2.0]], requires_grad=True)
+    found = sweep(F.relu(x), [x], torch.full((2, 1, 2), float("inf")))
+    assert found is not None
+    assert torch.equal(found[0], torch.tensor([[0.0, float("inf")]]).expand(2, 1, 2))
+
+
+def test_a_function_of_ones_own_is_left_to_autograd():
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(_ctx, g):
+            return g * 2
+
+    x = torch.randn(3, 5, requires_grad=True)
+    assert sweep(Own.apply(x), [x], torch.ones(2, 3, 5)) is None
+
+
+def test_what_was_overwritten_is_refused():
+    x = torch.randn(3, 5, requires_grad=True)
+    h = x.tanh()
+    y = h * 1.0
+    h.data.add_(1)
+    h.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        sweep(y, [x], torch.ones(4, 3, 5))
+
+
+def test_a_module_tree_of_many_uses():
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 7), nn.Tanh()).double()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    x = torch.randn(5, 1, 7, 7, dtype=D, requires_grad=True)
+    y = model(x)
+    vs = torch.eye(7, dtype=D)[:, None].expand(-1, 5, -1)
+    found = sweep(y, [x], vs)
+    assert found is not None
+    plain = torch.stack([torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in vs])
+    torch.testing.assert_close(found[0], plain)

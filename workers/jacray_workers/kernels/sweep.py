@@ -1,0 +1,164 @@
+"""Pull many cotangents back through an autograd graph node by node, all of them at once at each node.
+
+Under `vmap` autograd's own engine does the same through batching rules, which copy, expand and loop where one product
+of the right shape would do. Here the walk is ours: a node that `sweep_rules` knows takes all cotangents in one call,
+any other node is called as the engine would call it, under `vmap` or one cotangent after another, whichever is cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.predispatch import lazy_load_decompositions
+from torch._functorch.vmap import vmap_increment_nesting
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node, get_gradient_edge
+
+from jacray_workers.kernels.sweep_rules import PARTS, RULES, sum_to
+
+# The two steps that torch.func.vmap is made of; not among torch's public names, the same since 2.0.
+functorch: Any = torch._C._functorch
+
+# Numbers in one cotangent from which a call of its own costs less than what `vmap` adds.
+LARGE = 1 << 13
+FEW = 3
+
+Place = tuple[Node, int]
+
+
+def sweep(start: Tensor, places: Sequence[Any], vs: Tensor) -> list[Tensor | None] | None:
+    """The cotangents `(n, *place)` that `vs`, `(n, *start)`, bring to each place; None where none arrives.
+
+    Args:
+        start: where the cotangents begin.
+        places: tensors or gradient edges.
+        vs: the cotangents; may be an expanded view.
+
+    Returns:
+        None in place of the list where the graph holds what only autograd's engine can run.
+    """
+    if start.is_complex() or vs.shape[0] == 0:
+        return None
+    root = get_gradient_edge(start)
+    edges = [get_gradient_edge(p) if isinstance(p, Tensor) else p for p in places]
+    wanted = [(edge.node, edge.output_nr) for edge in edges]
+    order = _order(root.node, {node for node, _ in wanted})
+    if any(isinstance(node, BackwardCFunction) for node in order):
+        return None
+    with torch.no_grad():
+        return _walk(order, (root.node, root.output_nr), wanted, _samples_first(vs))
+
+
+def _samples_first(vs: Tensor) -> Tensor:
+    """The cotangents laid out in memory sample by sample, so that what is made of them lies as results do."""
+    return vs.transpose(0, 1).contiguous().transpose(0, 1) if vs.dim() > 1 and 0 in vs.stride()[:2] else vs
+
+
+def _order(root: Node, targets: set[Node]) -> list[Node]:
+    """The nodes on the ways from the root to the targets, each behind all that lead to it."""
+    leads: dict[Node, bool] = {}
+    found: list[Node] = []
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        node, seen = stack.pop()
+        if seen:
+            leads[node] = node in targets or any(leads.get(n, False) for n, _ in node.next_functions if n is not None)
+            if leads[node]:
+                found.append(node)
+        elif node not in leads:
+            leads[node] = False
+            stack.append((node, True))
+            stack.extend((n, False) for n, _ in node.next_functions if n is not None and n not in leads)
+    return found[::-1]
+
+
+def _walk(order: list[Node], root: Place, wanted: Sequence[Place], vs: Tensor) -> list[Tensor | None]:
+    kept = set(wanted)
+    on_way = set(order)
+    arrived: dict[Place, Tensor] = {root: vs}
+    found: dict[Place, Tensor] = {}
+    for node in order:
+        outputs = len(node._input_metadata)
+        gs = [arrived.pop((node, nr), None) for nr in range(outputs)]
+        found.update(
+            {(node, nr): _shaped(node, nr, g) for nr, g in enumerate(gs) if g is not None and (node, nr) in kept}
+        )
+        needs = tuple(following in on_way for following, _ in node.next_functions)
+        if not any(needs) or all(g is None for g in gs):
+            continue
+        for (following, nr), g in zip(node.next_functions, _through(node, gs, needs), strict=True):
+            if g is not None and following is not None and following in on_way:
+                g = _typed(following, nr, g)  # noqa: PLW2901  # what the engine hands on
+                before = arrived.get((following, nr))
+                arrived[following, nr] = (
+                    g if before is None else _shaped(following, nr, before) + _shaped(following, nr, g)
+                )
+    return [found.get(place) for place in wanted]
+
+
+def _shaped(node: Node, nr: int, g: Tensor) -> Tensor:
+    """Cotangents in the shape that a node's output has; a rule may have left several axes where it has one."""
+    shape = node._input_metadata[nr].shape
+    return g if g.shape[1:] == shape else g.reshape(g.shape[0], *shape)
+
+
+def _typed(node: Node, nr: int, g: Tensor) -> Tensor:
+    """Cotangents in the precision of a node's output; of complex ones at a real output the real part."""
+    dtype = node._input_metadata[nr].dtype
+    if g.dtype == dtype:
+        return g
+    return (g.real if g.is_complex() and not dtype.is_complex else g).to(dtype)
+
+
+def _through(node: Node, gs: list[Tensor | None], needs: tuple[bool, ...]) -> Sequence[Tensor | None]:
+    """What arrives at each of a node's inputs."""
+    rule, g = RULES.get(node.name()), gs[0]
+    real = g is not None and len(gs) == 1 and not g.is_complex()
+    made = rule(node, g, needs) if rule is not None and g is not None and real else None
+    if made is not None:
+        return made
+    shaped = [None if g is None else _shaped(node, nr, g) for nr, g in enumerate(gs)]
+    if node.name() in PARTS and all(g is not None for g in shaped):
+        return [PARTS[node.name()](node, [g for g in shaped if g is not None])]
+    return _called(node, shaped)
+
+
+def _called(node: Node, gs: list[Tensor | None]) -> Sequence[Tensor | None]:
+    """The node's own backward, and what the engine does behind it: sums over axes that broadcasting spread."""
+    made = _by_itself(node, gs)
+    shapes = [None if n is None else n._input_metadata[nr].shape for n, nr in node.next_functions]
+    return [None if g is None or shape is None else sum_to(g, shape) for g, shape in zip(made, shapes, strict=True)]
+
+
+def _by_itself(node: Node, gs: list[Tensor | None]) -> Sequence[Tensor | None]:
+    """Under `vmap`, or one cotangent after another where a call is no small thing."""
+    given = [g for g in gs if g is not None]
+    count = given[0].shape[0]
+    if count <= FEW or given[0][0].numel() >= LARGE:
+        return _one_by_one(node, gs, count)
+    lazy_load_decompositions()
+    with vmap_increment_nesting(count, "error") as level:
+        batched = [None if g is None else functorch._add_batch_dim(g, 0, level) for g in gs]
+        return [
+            None if made is None else functorch._remove_batch_dim(made, level, count, 0)
+            for made in _listed(node(*batched))  # type: ignore[operator]
+        ]
+
+
+def _one_by_one(node: Node, gs: list[Tensor | None], count: int) -> list[Tensor | None]:
+    found: list[Tensor | None] = []
+    for i in range(count):
+        made = _listed(node(*[None if g is None else g[i] for g in gs]))  # type: ignore[operator]
+        if not found:
+            found = [None if part is None else part.new_empty(count, *part.shape) for part in made]
+        for whole, part in zip(found, made, strict=True):
+            if whole is not None and part is not None:
+                whole[i] = part
+    return found
+
+
+def _listed(made: Any) -> Sequence[Tensor | None]:
+    return made if isinstance(made, tuple) else (made,)
