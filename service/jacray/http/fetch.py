@@ -28,7 +28,7 @@ def fetch(job: RemoteJob, connections: Connections, to: Path) -> Path:
         UserError: the folder is there already.
         JacrayError: the job has no result.
     """
-    from jacray.store import create, finish, write_block
+    from jacray.store import create, finish, write_block, write_whole
 
     if to.exists() and any(to.iterdir() if to.is_dir() else (to,)):
         raise UserError("to", "must be a new folder or an empty one", Plain(str(to)))
@@ -41,6 +41,9 @@ def fetch(job: RemoteJob, connections: Connections, to: Path) -> Path:
     try:
         made = create(Target(str(beside.absolute())), plan, structure)
         for array in plan.arrays:
+            if array.factored:
+                write_whole(made, array, job.array(array.key))
+                continue
             for start, stop in _ranges(array, plan.samples):
                 write_block(made, array, job.array(array.key, start, stop), start)
         finish(made)
@@ -62,8 +65,8 @@ def _structure(job: RemoteJob, connections: Connections) -> dict[str, Any]:
 
 
 def _ranges(array: ArrayPlan, samples: int) -> list[tuple[int, int]]:
-    """Samples of some megabytes; all at once where an array has none, or is in factors."""
-    if array.axis < 0 or array.factored:
+    """Samples of some megabytes; all at once where an array has none."""
+    if array.axis < 0:
         return [(0, samples)]
     item = int("".join(c for c in array.dtype if c.isdigit())) // 8
     step = max(PIECE // max(array.size // samples * item, 1), 1)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jacray.target import Target
-
 if TYPE_CHECKING:
     from jacray.result import Result
 
@@ -35,17 +33,13 @@ class JobFolder:
         """How they came about."""
         return self.path / "receipt.json"
 
-    def write(self, result: Result) -> None:
-        """Write what a job gave; the receipt comes last, so that what has one is whole."""
-        from jacray.http.messages import keyed
-        from jacray.store import create, finish, write_whole
-
+    def clear(self) -> None:
+        """Take away what an earlier attempt left."""
+        self.receipt.unlink(missing_ok=True)
         shutil.rmtree(self.results, ignore_errors=True)
-        structure, arrays = keyed(result, result.plan)
-        made = create(Target(str(self.path.absolute())), result.plan, structure)
-        for array in result.plan.arrays:
-            write_whole(made, array, arrays[array.key])
-        finish(made)
+
+    def finish(self, result: Result) -> None:
+        """Write the receipt of a job whose workers have written its numbers; what has a receipt is whole."""
         beside = self.receipt.with_suffix(".new")
         beside.write_text(json.dumps(result.receipt, default=str), encoding="utf-8")
         beside.replace(self.receipt)

@@ -20,8 +20,8 @@ from jacray.http.wire import dump
 DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
 Find = Callable[[str, str], Path]
 """The file of an upload, by its digest; the second argument is the key that names it, for errors."""
-_PLAIN_INPUTS = ("random", "digits", "inline")
-_FILE_INPUTS = ("npy", "npz", "safetensors", "csv", "zarr")
+_PLAIN_INPUTS = ("random", "digits", "sklearn", "inline")
+_FILE_INPUTS = ("npy", "npz", "safetensors", "csv", "zarr", "parquet", "datasets", "images")
 _MODELS = ("layers", "function", "graph", "import")
 
 

@@ -76,7 +76,7 @@ class Runner:
             planned = True
             job.listen(lambda event: self._event(identity, event))
             result = job.result()
-            JobFolder(Path(head["folder"])).write(result)
+            JobFolder(Path(head["folder"])).finish(result)
             self.tell({"job": identity, "news": "done"})
         except JobError as error:
             news = "cancelled" if identity in self._ended else "failed"
@@ -95,7 +95,11 @@ class Runner:
         asked = read_asked(head["item"], _mapped(head["item"].get("file")))
         model = build_model(asked.model, Path(self.told["base"]), tuple(self.told["import_prefixes"]))
         request = bounded(asked.request, self.told["memory_bytes"])
-        job = self.client.submit(model, asked.inputs, request=_explicit(request), user=head["user"])
+        folder = JobFolder(Path(head["folder"]))
+        folder.clear()
+        job = self.client.submit(
+            model, asked.inputs, request=_explicit(request), to=folder.path.absolute(), user=head["user"]
+        )
         with self._lock:
             self._jobs[head["job"]] = job
             ended = head["job"] in self._ended

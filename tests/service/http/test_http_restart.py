@@ -86,6 +86,7 @@ def _inputs() -> torch.Tensor:
     return torch.as_tensor(loaded.inputs)
 
 
+@pytest.mark.slow
 def test_a_stopped_service_ends_in_order_and_leaves_what_it_could_not_finish(tmp_path: Path) -> None:
     server = Server(tmp_path / "state", ("--workers", "1", "--limit", "stop_seconds=1")).start()
     left = children(server)
@@ -105,6 +106,7 @@ def test_a_stopped_service_ends_in_order_and_leaves_what_it_could_not_finish(tmp
         server.stop()
 
 
+@pytest.mark.slow
 def test_a_killed_runner_costs_its_jobs_nothing_but_time(tmp_path: Path) -> None:
     server = Server(tmp_path / "state", ("--workers", "1")).start()
     try:
