@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 TUNED = {"THP_MEM_ALLOC_ENABLE": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # What a process needs to start at all; nothing here tunes anything.
 PLAIN = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV", "SYSTEMROOT", "LD_LIBRARY_PATH")
-BUDGET, QUICK = 14.0, 1.5  # seconds of timing per row
-TRIALS = 6.0  # seconds of timing per row for our own methods, for the regret
+BUDGET, QUICK = 10.0, 1.5  # seconds of timing per row
+TRIALS = 4.0  # seconds of timing per row for our own methods, for the regret
 
 
 def environment(threads: int, *, bare: bool) -> dict[str, str]:

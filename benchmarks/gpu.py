@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu`: what holds on a GPU, in one command: right numbers, memory within bounds, the table.
 
-It needs torch and `jacray_workers` on the path: no Ray, no service, no peer's package (those that are missing are named
-as such). Without a GPU, or with `--device cpu`, the same steps run at tiny sizes.
+It needs torch, numpy, psutil, pydantic and `jacray_workers` on the path: no Ray, no service, no peer's package (those
+that are missing are named as such). Without a GPU, or with `--device cpu`, the same steps run at tiny sizes.
 
     PYTHONPATH=workers python -m benchmarks.gpu --out results-gpu.md --json results-gpu.json
 """
@@ -193,9 +193,7 @@ def resnet_whole(samples: int) -> Side:
 def table(device: str, budget: float, only: str) -> list[Report]:
     """The CPU's table on this device: our result left on the device as peers leave theirs, and both brought home."""
     rows = []
-    # JAX runs on the CPU unless it is set up for the card, which its own documentation does per machine.
-    peers = tuple(side for side in everybody() if device == "cpu" or "JAX" not in side.name)
-    peers = (*peers, *(brought_home(side) for side in TORCH_SIDES[:2]))
+    peers = (*everybody(), *(brought_home(side) for side in TORCH_SIDES[:2]))
     for work in works.WORKS if device != "cpu" else tiny_works():
         if work.bare or (only and only not in work.name):
             continue

@@ -10,30 +10,38 @@ from benchmarks.sides.torch_func import COPIES, must_fit
 from benchmarks.task import Arrays, CannotError, Ready, Side, Task
 
 
-def loaded() -> Any:
-    """JAX, on the CPU unless the caller's environment says otherwise.
+def loaded(task: Task) -> Any:
+    """JAX, computing where the task's tensors are.
 
     Raises:
-        CannotError: it is not installed.
+        CannotError: it is not installed, or not for this device.
     """
     if importlib.util.find_spec("jax") is None:
         raise CannotError("jax is not installed")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    kind = "cpu" if task.x.device.type == "cpu" else "gpu"
+    if kind == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # It would take three quarters of a card before torch asks for any.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
+    if jax.default_backend() != kind:
+        raise CannotError(f"jax computes on {jax.default_backend()} here, where {kind} is asked for")
+    # Its default rounds float32 to TF32 on a GPU; nobody else does here.
+    jax.config.update("jax_default_matmul_precision", "highest")
     return jax
 
 
 def reverse(task: Task) -> Ready:
     """`jit(vmap(jacrev(f)))`, and for tangent kernels its contraction inside the same `jit`."""
-    jax = loaded()
+    jax = loaded(task)
     must_fit(COPIES * task.dense_bytes())
     return _ready(task, jax.jacrev)
 
 
 def forward(task: Task) -> Ready:
     """`jit(vmap(jacfwd(f)))`."""
-    jax = loaded()
+    jax = loaded(task)
     if task.by_parameters:
         columns = sum(p.numel() for p in task.parameters().values())
         raise CannotError(f"a tangent per parameter: {columns:,} of them")
@@ -48,10 +56,10 @@ def forward_by_samples(task: Task) -> Ready:
     For the transformers, whose `jit(vmap(jacfwd(f)))` is wrong by some percent in the JAX pinned here (found by the
     check; without `jit` or without `vmap` it is right).
     """
-    loaded()
+    jax = loaded(task)
     if not isinstance(task.case.request.get("wrt"), dict):
         raise CannotError("vmap(jacfwd) is right here, and faster")
-    return _ready(task, loaded().jacfwd, batched=False)
+    return _ready(task, jax.jacfwd, batched=False)
 
 
 def _ready(task: Task, transform: Any, *, batched: bool = True) -> Ready:
