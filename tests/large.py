@@ -1,4 +1,4 @@
-"""A result larger than memory goes through a local Ray, and every process is watched: `python -m tests.large GIGABYTES`.
+"""A large result goes through a local Ray while every process is watched: `python -m tests.large GIGABYTES [FOLDER]`.
 
 Prints one JSON object: seconds, bytes, and for the driver, the workers and Ray's own processes the largest resident
 memory seen, without the object store's shared pages, which are counted once and stated beside.
@@ -24,7 +24,11 @@ SIZE = 1024  # outputs and inputs: 4 MiB of Jacobian a sample
 def resident(process: psutil.Process) -> tuple[int, int]:
     """Bytes of a process in memory: its own and mapped files, and the pages of shared memory."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    found = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if rest.endswith("kB")}
+    found = {
+        name: int(rest.split()[0]) * 1024
+        for name, _, rest in (line.partition(":") for line in lines)
+        if rest.endswith("kB")
+    }
     return found.get("RssAnon", 0) + found.get("RssFile", 0), found.get("RssShmem", 0)
 
 

@@ -211,7 +211,13 @@ class Client:
         with self._door.trying(load):
             began = time.perf_counter()
             with torch_threads(self._executor.threads):
-                prepared = prepare(ask.module, ask.loaded.inputs, ask.request, workers=self._executor.workers)
+                prepared = prepare(
+                    ask.module,
+                    ask.loaded.inputs,
+                    ask.request,
+                    workers=self._executor.workers,
+                    apart=ask.target is not None,
+                )
             plan = replace(_in_shards(prepared.plan, self._shard_size), threads=self._executor.threads)
             check_on_error(on_error, plan)
             ledger = Ledger(self._describe(), job=uuid.uuid4().hex[:12])

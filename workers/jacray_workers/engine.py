@@ -23,6 +23,7 @@ from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.resolve import resolve
 from jacray_workers.problem.weights import Directions
 from jacray_workers.request import Request
+from jacray_workers.rowcuts import place
 from jacray_workers.run import run_shard
 from jacray_workers.shard import ShardResult
 
@@ -50,7 +51,9 @@ class Prepared:
     extra: dict[Any, Any] = field(default_factory=dict)
 
 
-def prepare(model: Any, inputs: Any, request: Request, *, plan: Plan | None = None, workers: int = 1) -> Prepared:
+def prepare(
+    model: Any, inputs: Any, request: Request, *, plan: Plan | None = None, workers: int = 1, apart: bool = False
+) -> Prepared:
     """Resolve names, check shapes, and make the plan where none is given.
 
     Args:
@@ -59,11 +62,12 @@ def prepare(model: Any, inputs: Any, request: Request, *, plan: Plan | None = No
         request: what to compute.
         plan: a plan made before for the same job, on another machine perhaps.
         workers: how many workers will share the job; decides the shards.
+        apart: the result is kept elsewhere than where it is computed; bounds the shards too.
 
     Raises:
         UserError: the model, the inputs or the request break a rule, or the work cannot fit its memory.
     """
-    key = cache.key_of(model, inputs, request, workers) if plan is None else None
+    key = cache.key_of(model, inputs, request, (workers, apart)) if plan is None else None
     kept = cache.recall(model, key)
     if kept is not None:
         problem, plan, leaves = kept
@@ -76,7 +80,7 @@ def prepare(model: Any, inputs: Any, request: Request, *, plan: Plan | None = No
     if plan is None:
         products.check(problem, request)
         arrays = ArrayPlanner(problem, request, samples, _lead(ks), _lead(vs)).all()
-        plan = planner.choose(problem, leaves, request, arrays, workers, ks, vs)
+        plan = planner.choose(problem, leaves, request, arrays, workers, ks, vs, apart=apart)
         cache.remember(model, key, problem, plan)
     elif plan.samples != samples:
         raise InputError("inputs", f"must have the {plan.samples} samples that the plan was made for", samples)
@@ -94,10 +98,23 @@ def combine(plan: Plan, results: Sequence[ShardResult]) -> dict[str, Tensor]:
         InputError: the shards do not cover the samples exactly once.
     """
     ordered = sorted(results, key=lambda result: result.shard.index)
-    covered = [(r.shard.start, r.shard.stop) for r in ordered]
-    if covered != [(s.start, s.stop) for s in plan.shards()]:
-        raise InputError("results", "must hold every shard exactly once", f"{len(covered)} of {plan.shard_count}")
+    if [r.shard for r in ordered] != list(plan.shards()):
+        raise InputError("results", "must hold every shard exactly once", f"{len(ordered)} of {plan.shard_count}")
+    if plan.row_cuts:
+        return {array.key: _fill(plan, array, ordered) for array in plan.arrays}
     return {array.key: _join(array, [r.blocks[array.key] for r in ordered]) for array in plan.arrays}
+
+
+def _fill(plan: Plan, array: ArrayPlan, ordered: Sequence[ShardResult]) -> Tensor:
+    """An array of which some shards hold some rows, and some nothing."""
+    parts = [(r.blocks[array.key], place(plan, array, r.shard)) for r in ordered if array.key in r.blocks]
+    if array.axis < 0 or array.factored:
+        return _join(array, [part for part, _ in parts])
+    whole = torch.empty(array.shape, dtype=parts[0][0].dtype)
+    for part, where in parts:
+        if where is not None:
+            whole[where] = part
+    return whole
 
 
 def _join(array: ArrayPlan, parts: list[Tensor]) -> Tensor:

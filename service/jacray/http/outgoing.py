@@ -158,7 +158,7 @@ def _state_of(model: Any, x: Any) -> Any:
     from jacray_workers.problem import cache
 
     one = pytree.tree_map_only(Tensor, lambda leaf: leaf[:1], x)
-    key = cache.key_of(model, one, Request(), 1)
+    key = cache.key_of(model, one, Request(), (1, False))
     if key is None:
         return None
     numbers = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class StoredArray:
 
     def __getitem__(self, index: Any) -> Tensor:
         wanted = index if isinstance(index, tuple) else (index,)
-        if wanted and not isinstance(wanted[0], int | np.integer | slice | type(Ellipsis)):
+        if wanted and isinstance(wanted[0], Sequence | Tensor | np.ndarray):
             return self._picked(wanted[0], wanted[1:])
         if self._array.factored:
             return self._in_factors(wanted)

@@ -37,6 +37,7 @@ class Case:
     known: trial.Reference | None
     standing: Standing
     alike: tuple[bool, ...]
+    apart: bool = False
 
     @property
     def samples(self) -> int:

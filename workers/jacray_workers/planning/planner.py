@@ -29,8 +29,10 @@ def choose(
     workers: int,
     ks: Directions | None,
     vs: Directions | None,
+    *,
+    apart: bool = False,
 ) -> Plan:
-    """Make the plan.
+    """Make the plan. Where shards are computed `apart` from where the result is kept, each is small enough to travel.
 
     Raises:
         CoupledSamplesError: samples are not independent.
@@ -41,6 +43,7 @@ def choose(
     products.refuse_large(problem, request, arrays, budget)
     with problem.session():
         case = _look(problem, leaves, request, arrays, workers, budget, ks, vs)
+        case = dataclasses.replace(case, apart=apart or workers > 1)
         plan = _decide(case)
         why = among_many(problem, leaves, plan.chunk_size) if plan.batched else ""
         if why:
@@ -130,9 +133,18 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
     line = products.memory(problem, request, line, case.budget, dense)
     held = sum(sizing.array_bytes(a) for a in arrays if a.axis < 0)
     factors = math.ceil(best.factor_bytes) if any(a.factored for a in arrays) else 0
-    per_sample = sizing.bytes_per_sample([a for a in arrays if not a.factored], case.samples) + factors
+    ranges = sizing.row_cuts(arrays, case.apart)
+    per_sample = sizing.largest_part(arrays, case.samples, ranges) + factors
     chosen = sizing.sizes(
-        case.samples, case.workers, _fixed_chunk(case, best.candidate.method), line, held, per_sample, case.budget, rows
+        case.samples,
+        case.workers,
+        case.apart,
+        _fixed_chunk(case, best.candidate.method),
+        line,
+        held,
+        per_sample,
+        case.budget,
+        rows,
     )
     candidates = tuple(
         dataclasses.replace(t.candidate, peak_bytes=t.line.at(chosen.chunk) if t.line else 0) for t in field
@@ -143,9 +155,9 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
         candidates=candidates,
         samples=case.samples,
         rows=problem.rows,
-        chunk_size=chosen.chunk,
+        chunk_size=1 if ranges else chosen.chunk,
         row_chunk=rows,
-        shard_size=chosen.shard,
+        shard_size=1 if ranges else chosen.shard,
         arrays=arrays,
         bytes_out=sum(sizing.array_bytes(a) for a in arrays if not a.factored) + factors * case.samples,
         peak_bytes=chosen.peak,
@@ -156,6 +168,7 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
         seed=request.seed,
         batched=case.standing.batched,
         cuts=best.cuts,
+        row_cuts=ranges,
         notes=_notes(case),
     )
 

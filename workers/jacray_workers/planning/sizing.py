@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from jacray_workers.errors import BudgetError, Plain
 from jacray_workers.plan import ArrayPlan
 from jacray_workers.planning.explain import size as show
 from jacray_workers.planning.memory import Line
+from jacray_workers.rowcuts import cuts
 
 # A chunk's working memory beyond this gains no speed; a shard's blocks beyond it travel badly.
 CHUNK_BYTES = 1 << 28
@@ -43,13 +45,22 @@ def array_bytes(array: ArrayPlan) -> int:
 
 
 def sizes(
-    samples: int, workers: int, chunk_size: int | None, line: Line, held: int, per_sample: int, budget: int, rows: int
+    samples: int,
+    workers: int,
+    apart: bool,
+    chunk_size: int | None,
+    line: Line,
+    held: int,
+    per_sample: int,
+    budget: int,
+    rows: int,
 ) -> Sizes:
     """Choose chunk and shard so that the peak stays within the budget.
 
     Args:
         samples: in the job.
         workers: that share it.
+        apart: the result is kept elsewhere than where it is computed, so a shard is all that is held of it.
         chunk_size: as the user fixed it, or None.
         line: peak working bytes of a chunk by its samples, the result aside.
         held: bytes of the result that a worker holds whatever the shard: partial sums.
@@ -62,7 +73,7 @@ def sizes(
     """
     shard = samples if workers == 1 else math.ceil(samples / (workers * SHARDS_PER_WORKER))
     if per_sample:
-        shard = shard if workers == 1 else max(1, min(shard, SHARD_BYTES // per_sample))
+        shard = max(1, min(shard, SHARD_BYTES // per_sample)) if apart else shard
     room = budget - held - shard * per_sample
     fits = line.fit_in(room)
     if fits < 1 or (chunk_size is not None and fits < chunk_size):
@@ -76,6 +87,31 @@ def sizes(
     chunk = min(chunk, samples)
     shard = min(samples, math.ceil(shard / chunk) * chunk)
     return Sizes(chunk, shard, rows, line.at(chunk) + held + shard * per_sample)
+
+
+def row_cuts(arrays: Sequence[ArrayPlan], apart: bool) -> tuple[int, ...]:
+    """Where to cut the rows of a sample whose Jacobian alone is too large for a shard; empty where none is."""
+    dense = [a for a in arrays if a.name == "jacobian"]
+    if not apart or not dense or any(a.factored for a in dense):
+        return ()
+    widths: dict[int, int] = {}
+    for array in dense:
+        row = array_bytes(array) // max(math.prod(array.shape[: 1 + array.out_axes]), 1)
+        widths[array.out] = widths.get(array.out, 0) + row
+    shapes = {array.out: array.shape[1 : 1 + array.out_axes] for array in dense}
+    if sum(math.prod(shape) * widths[out] for out, shape in shapes.items()) <= SHARD_BYTES:
+        return ()
+    return cuts(list(shapes.values()), max(1, SHARD_BYTES // max(widths.values())))
+
+
+def largest_part(arrays: Sequence[ArrayPlan], samples: int, ranges: tuple[int, ...]) -> int:
+    """Bytes of the result that grow with the samples, for the largest range of one sample's rows."""
+    whole = bytes_per_sample([a for a in arrays if not a.factored], samples)
+    if not ranges:
+        return whole
+    jacobian = bytes_per_sample([a for a in arrays if a.name == "jacobian"], samples)
+    most = max(b - a for a, b in pairwise(ranges))
+    return whole - jacobian + math.ceil(jacobian * most / ranges[-1])
 
 
 def refusal(needed: int, budget: int, samples: int) -> BudgetError:

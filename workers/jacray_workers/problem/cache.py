@@ -36,7 +36,7 @@ class Key:
     leaves: list[Tensor] = field(compare=False, hash=False)
 
 
-def key_of(model: Any, inputs: Any, request: Request, workers: int) -> Key | None:
+def key_of(model: Any, inputs: Any, request: Request, workers: tuple[int, bool]) -> Key | None:
     """Everything that a preparation depends on, or None where that cannot be told or kept."""
     try:
         function = _function_state(model)
