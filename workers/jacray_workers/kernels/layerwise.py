@@ -28,6 +28,8 @@ from jacray_workers.problem.problem import Leaf, Problem
 from jacray_workers.taps.record import Pulled, Tape, pull_cotangents, pull_rows, record
 
 CHUNKS_ITSELF = True
+# Cotangents in flight where the widest tensor's would otherwise leave the cache, and how few are never parted.
+CACHE_BYTES, SEVERAL = 1 << 23, 16
 Form = Literal["dense", "auto", "factors"]
 
 
@@ -63,6 +65,7 @@ def jacobian(
     if not rows:
         return blocks_for(problem, batch[0].shape[0], 0, into)
     tape = record(problem, batch)
+    width = min(width or len(rows), max(SEVERAL, CACHE_BYTES // max(tape.widest, 1)))
     if into is None and form == "dense" and all(per_sample(leaf) for leaf in problem.leaves):
         return _factored(tape, rows, width, form)
     if into is not None or form == "dense":

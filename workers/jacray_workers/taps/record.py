@@ -56,6 +56,12 @@ class Tape:
     tail: Tap | None
     trust: Trust
 
+    @property
+    def widest(self) -> int:
+        """Bytes of the largest tensor that one cotangent of the whole batch becomes on its way back."""
+        metadata = (m for node in nodes_from(self.y.grad_fn) for m in node._input_metadata)
+        return max((math.prod(m.shape) * m.dtype.itemsize for m in metadata), default=0)
+
 
 @dataclass(frozen=True, eq=False)
 class Pulled:
