@@ -77,6 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--merge", type=Path, action="append", default=[], help="rows measured before, as JSON; the new ones win"
     )
     parser.add_argument("--out", type=Path, help="the page; benchmarks/RESULTS.md for a whole run, else nothing")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing: write the page of the merged rows")
     parser.add_argument("--verbose", action="store_true", help="say what is being done")
     parser.add_argument("--list", action="store_true", help="only list the rows")
     return parser.parse_args(arguments)
@@ -85,8 +86,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print as it goes, write the page. 1 where a row could not be measured."""
     options = parse(arguments)
-    works = selected(options.only)
-    if options.list or not works:
+    works = [] if options.page_only else selected(options.only)
+    if options.list or not (works or options.page_only):
         print("\n".join(f"{work.name:<14} {work.shown}" for work in WORKS))
         return 0 if options.list else 1
     rows = {row["work"]: row for path in options.merge for row in json.loads(path.read_text())}

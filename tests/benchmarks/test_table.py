@@ -139,6 +139,16 @@ def test_rows_are_measured_in_processes_merged_and_written(tmp_path, monkeypatch
     assert {entry["work"] for entry in json.loads(data.read_text())} == {"ntk", "tiny"}
 
 
+def test_a_run_in_pieces_is_put_together_without_measuring(tmp_path):
+    pieces = []
+    for name in ("tiny", "ntk"):
+        pieces += ["--merge", str(tmp_path / f"{name}.json")]
+        (tmp_path / f"{name}.json").write_text(json.dumps([row(work=name, title=f"piece {name}")]))
+    assert command.main([*pieces, "--page-only", "--out", str(tmp_path / "page.md")]) == 0
+    text = (tmp_path / "page.md").read_text()
+    assert text.index("| piece tiny") < text.index("| piece ntk")
+
+
 def test_a_row_that_fails_is_told_and_exits_1(tmp_path, monkeypatch, capsys):
     def broken(work, options):
         raise RuntimeError("tiny failed: its last words")
