@@ -26,7 +26,7 @@ USABLE := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))'
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-cluster zoo bench regret lint format wheel clean
+.PHONY: help demo test test-all test-cluster zoo bench bench-service regret lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,9 @@ test-cluster: $(CLUSTER)  ## the tests of docs/cluster.md: a head, a second node
 
 bench: $(PEERS)  ## ours and every peer side by side: writes benchmarks/RESULTS.md (a quarter of an hour, on a quiet machine)
 	$(BIN)/python -m benchmarks
+
+bench-service: $(DEV)  ## the service on loopback: latency, throughput with and without batching, health under load
+	$(BIN)/python -m benchmarks.service
 
 regret: $(DEV)  ## how far the planner's choice is from the best method, on the benchmark's nets
 	$(BIN)/python -m benchmarks.regret

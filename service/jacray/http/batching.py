@@ -264,7 +264,9 @@ class Small:
     async def _run(self, process: Process, seat: int, batch: list[Ask]) -> bool:
         """Compute a batch; returns whether the process can go on."""
         began = time.monotonic()
-        head = {"id": id(batch), "items": [ask.item for ask in batch]}
+        # Work of one kind has one model, which need not be told for every piece.
+        rest = [{name: part for name, part in ask.item.items() if name != "model"} for ask in batch[1:]]
+        head = {"id": id(batch), "items": [batch[0].item, *rest]}
         payload = [part for ask in batch for part in ask.body]
         try:
             async with asyncio.timeout(self.rules.seconds):

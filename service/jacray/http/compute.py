@@ -63,7 +63,9 @@ class Worker:
         began = time.perf_counter()
         asked: list[Asked | dict[str, Any]] = []
         at = 0
-        for item in head["items"]:
+        model = head["items"][0]["model"]
+        for told in head["items"]:
+            item = {"model": model, **told}
             data = _body(item, payload, at)
             at += item.get("size", 0)
             asked.append(self._read(item, data))

@@ -86,7 +86,7 @@ class Warm:
             rule = f"must give at most {size(result_bytes)} in one answer"
             raise BudgetError("returns", rule, Plain(size(wanted)), "submit it as a job, or ask for less")
         done = _run(prepared)
-        return _message(prepared, done.blocks, done)
+        return _message(prepared, done.blocks, _receipt(prepared, done))
 
     def together(self, asked: Sequence[Asked]) -> list[Message] | None:
         """Compute several pieces of one kind as one batch; None where their answers could not be taken apart.
@@ -105,11 +105,13 @@ class Warm:
             return None
         done = _run(prepared)
         found, start = [], 0
+        # A plan and a receipt that speak of an answer's own samples; they are the same for as many samples.
+        plans = {count: resized(prepared.plan, count) for count in set(sizes)}
+        receipts = {count: _receipt(replace(prepared, plan=plan), done, len(asked)) for count, plan in plans.items()}
         for one, count in zip(asked, sizes, strict=True):
             blocks = parts(prepared.plan, done.blocks, start, start + count)
-            # A plan of its own, so that plan and receipt speak of this answer's samples.
-            own = replace(prepared, request=one.request, plan=resized(prepared.plan, count))
-            found.append(_message(own, blocks, done, len(asked)))
+            own = replace(prepared, request=one.request, plan=plans[count])
+            found.append(_message(own, blocks, receipts[count]))
             start += count
         return found
 
@@ -215,12 +217,17 @@ def _run(prepared: Prepared) -> _Done:
     return _Done(gather.finish(), ledger)
 
 
-def _message(prepared: Prepared, blocks: dict[str, Any], done: _Done, batched: int = 1) -> Message:
+def _message(prepared: Prepared, blocks: dict[str, Any], told: torch.Tensor) -> Message:
     message = pack_result(assemble(prepared, blocks).items(), prepared.plan)
+    message.tensors[RECEIPT] = told
+    return message
+
+
+def _receipt(prepared: Prepared, done: _Done, batched: int = 1) -> torch.Tensor:
+    """The receipt as the bytes of its JSON text."""
     told = receipt.build(prepared.plan, prepared.request, done.ledger)
     text = dump({**told, "batched_with": batched - 1}).encode()
-    message.tensors[RECEIPT] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return message
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def _nbytes(module: nn.Module) -> int:

@@ -108,8 +108,12 @@ def header_size(prefix: bytes | memoryview) -> int:
     return int(PREFIX + length)
 
 
-def read_header(data: bytes | memoryview) -> Header:
+def read_header(data: bytes | memoryview, *, tensors_only: bool = False) -> Header:
     """The header of a message, fully checked; `data` holds at least the header.
+
+    Args:
+        data: the message, or its beginning.
+        tensors_only: leave `about` empty, for who knows it already.
 
     Raises:
         WireError: it is not safetensors, or its tensors overlap, leave holes, or have another size than their shape.
@@ -127,7 +131,7 @@ def read_header(data: bytes | memoryview) -> Header:
         if entry.start != at:
             raise WireError(f"body.{entry.name}", f"must start at byte {at}, where the one before it ends", entry.start)
         at = entry.stop
-    return Header(_about(metadata), tuple(entries), size)
+    return Header({} if tensors_only else _about(metadata), tuple(entries), size)
 
 
 def load(text: bytes | str, argument: str) -> Any:
