@@ -19,7 +19,12 @@ from tests.zoo import ENTRIES
 
 # What torch.export cannot capture, each with a word of the refusal that tells why.
 REFUSED = {
-    "numpy_inside": "numpy",
+    "numpy_inside": "autograd.Function",
+    "straight_through": "autograd.Function",
+    "custom_function_old": "autograd.Function",
+    "custom_function_new": "autograd.Function",
+    "custom_function_vmap": "autograd.Function",
+    "checkpoint_reentrant": "autograd.Function",
     "item_call": "item",
     "branch_per_sample": "torch.where",
     "branch_on_batch": "torch.where",
@@ -55,6 +60,8 @@ QUICK = {
     "rnn",
     "item_call",
     "one_sample_only",
+    "straight_through",
+    "checkpoint_reentrant",
 }
 
 

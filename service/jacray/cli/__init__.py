@@ -68,6 +68,22 @@ def plan(file: str, overrides: tuple[str, ...], debug: bool) -> None:  # noqa: A
 
 
 @group.command()
+@_FILE
+@_OVERRIDES
+@click.option("--to", required=True, type=click.Path(dir_okay=False), help="The graph file, NAME.safetensors.")
+@click.option("--trust-pt2", "trust", is_flag=True, help="Read a .pt2 of your own, though that can run code from it.")
+@_DEBUG
+def export(file: str, overrides: tuple[str, ...], to: str, trust: bool, debug: bool) -> None:  # noqa: ARG001 - as above
+    """Write the model of FILE as a graph file, which others can read without running its code.
+
+    The inputs of FILE are the example: every axis but the batch keeps its size. FILE may also be a .pt2 of your own.
+    """
+    from jacray.cli.exports import export_file
+
+    click.echo(export_file(file, overrides, to, trust=trust))
+
+
+@group.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option("--port", default=8765, show_default=True, help="0 takes a free one.")
 @click.option(

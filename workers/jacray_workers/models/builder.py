@@ -17,12 +17,22 @@ from torch import nn
 
 from jacray_workers.errors import ModelError, Plain
 from jacray_workers.models import graph
+from jacray_workers.models.architectures import build_architecture
 from jacray_workers.models.formula import FunctionModel
 from jacray_workers.models.function import FormulaModule
+from jacray_workers.models.huggingface import build_huggingface
+from jacray_workers.models.huggingface import files as huggingface_files
 from jacray_workers.models.imported import build_imported
 from jacray_workers.models.layers import build_layers
-from jacray_workers.models.specs import GraphModel, LayersModel, ModelSpec
-from jacray_workers.models.weights import load_weights
+from jacray_workers.models.specs import (
+    GraphModel,
+    HuggingfaceModel,
+    LayersModel,
+    ModelSpec,
+    TimmModel,
+    TorchvisionModel,
+)
+from jacray_workers.models.weights import SUFFIXES, load_weights
 from jacray_workers.planning.explain import size
 from jacray_workers.spec_parts import file_digest, find
 from jacray_workers.validation import explain
@@ -46,8 +56,8 @@ def build(spec: Any, base: Path, import_prefixes: Sequence[str] | None = None) -
     module = _made(spec, base, import_prefixes)
     if not isinstance(module, nn.Module):
         raise ModelError("model.target", "must make an nn.Module", type(module).__name__)
-    if spec.weights is not None:
-        load_weights(module, find(spec.weights, base, "model.weights", ModelError, (".safetensors",)))
+    if getattr(spec, "weights", None) is not None:
+        load_weights(module, find(spec.weights, base, "model.weights", ModelError, SUFFIXES))
     return module.eval()
 
 
@@ -59,7 +69,12 @@ def _made(spec: Any, base: Path, import_prefixes: Sequence[str] | None) -> Any:
         _check_memory(spec)
         with _seeded(spec.seed):
             return build_layers(spec.layers)
+    if isinstance(spec, TimmModel | TorchvisionModel):
+        with _seeded(spec.seed):
+            return build_architecture(spec.kind, spec.name, spec.args)
     folder = find(spec.path, base, "model.path", ModelError)
+    if isinstance(spec, HuggingfaceModel):
+        return build_huggingface(spec, folder)
     with _seeded(spec.seed):
         return build_imported(spec.target, spec.args, folder, import_prefixes)
 
@@ -94,6 +109,9 @@ def digest(spec: Any, base: Path) -> str:
     path = content.pop("path", None)
     if isinstance(spec, GraphModel):
         content["file"] = file_digest(find(path, base, "model.path", ModelError))
+    if isinstance(spec, HuggingfaceModel):
+        found = huggingface_files(find(path, base, "model.path", ModelError))
+        content["files"] = {file.name: file_digest(file) for file in found}
     weights = content.pop("weights", None)
     if weights is not None:
         content["weights"] = file_digest(find(weights, base, "model.weights", ModelError))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic import ConfigDict, Field, GetJsonSchemaHandler, StrictBool, field_validator, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -37,7 +37,10 @@ LAYERS: tuple[str, ...] = tuple(  # one text: a hundred quoted names hide what t
 
 _NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 _TARGET = re.compile(r"^[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*:[A-Za-z_][\w]*(\.[A-Za-z_][\w]*)*$")
-Weights = Annotated[SpecPath | None, Field(description="a safetensors file with every parameter and buffer")]
+Weights = Annotated[
+    SpecPath | None,
+    Field(description="every parameter and buffer: a safetensors file, or a state dict of torch.save"),
+]
 
 
 class _Named(Spec):
@@ -165,6 +168,49 @@ class GraphModel(Spec):
     weights: Weights = None
 
 
+class HuggingfaceModel(Spec):
+    """A model of transformers from a local folder; needs `jacray[huggingface]`. Code in the folder is never run."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: SpecPath = Field(description="a folder with config.json and *.safetensors, as save_pretrained writes it")
+    task: Literal[
+        "base", "sequence-classification", "token-classification", "question-answering", "masked-lm", "causal-lm",
+        "image-classification",
+    ] = "base"  # fmt: skip
+    pooling: Literal["mean", "cls", "max", "last"] | None = Field(
+        default=None, description="return one vector per sample, made of the last hidden states of its real tokens"
+    )
+    normalize: StrictBool = Field(default=False, description="scale the pooled vector to length one")
+    ignore_extra: StrictBool = Field(default=False, description="leave out tensors that the task has no use for")
+
+    @model_validator(mode="after")
+    def _pools_what_is_there(self) -> HuggingfaceModel:
+        if self.pooling is not None and self.task != "base":
+            raise SpecError("pooling", "is for the task base, which returns hidden states", self.task)
+        if self.normalize and self.pooling is None:
+            raise SpecError("normalize", "needs a pooling", True)
+        return self
+
+
+class _Architecture(Spec):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.]{1,200}$", description="as the library lists it")
+    args: dict[str, Any] = Field(default_factory=dict)
+    weights: Weights = None
+    seed: Seed = Field(default=0, description="initialises what no weights are given for")
+
+
+class TimmModel(_Architecture):
+    """An architecture of timm with local weights; needs `jacray[timm]`."""
+
+    kind: Literal["timm"] = "timm"
+
+
+class TorchvisionModel(_Architecture):
+    """An architecture of torchvision with local weights; needs `jacray[torchvision]`."""
+
+    kind: Literal["torchvision"] = "torchvision"
+
+
 def blocks(layers: LayerList, path: str = "layers") -> Iterator[tuple[str, LayerList]]:
     """Every list of layers in a spec with its dotted path, outer lists first."""
     yield path, layers
@@ -179,6 +225,8 @@ def blocks(layers: LayerList, path: str = "layers") -> Iterator[tuple[str, Layer
                 yield from blocks(branch, f"{here}.branches.{j}")
 
 
-ModelSpec = Annotated[LayersModel | ImportModel | FunctionModel | GraphModel, ByKind()]
+ModelSpec = Annotated[
+    LayersModel | ImportModel | FunctionModel | GraphModel | HuggingfaceModel | TimmModel | TorchvisionModel, ByKind()
+]
 for _model in (Sequential, Residual, Parallel, LayersModel):
     _model.model_rebuild()

@@ -23,10 +23,10 @@ def dump(module: Any, example: Any) -> bytes:
 
     Raises:
         ModelError: torch.export cannot capture the module, it calls what graph files do not hold, or the graph does not
-            repeat what the module computes.
+            repeat what the module and its gradients compute.
         InputError: the example is no batch of tensors.
     """
-    from jacray_workers.models.graph.capture import checked
+    from jacray_workers.models.graph.compare import checked
     from jacray_workers.models.graph.file import pack
 
     return pack(*checked(module, example))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jacray_workers.errors import ModelError
 
+FRAMES = ("enter", "leave", "output")
 SIZES = (3, 5, 8)
 """Not in one step, so that a half of the batch, rounded, is not taken for a multiple of it."""
 
@@ -62,16 +63,44 @@ def unify(drafts: Sequence[Draft], inputs: int) -> Draft:
 
 
 def without_marks(draft: Draft, inputs: int) -> tuple[Any, Any]:
-    """The nodes and the output with every mark taken for the value that it passes on."""
+    """The nodes and the output with every mark taken for what it passes on, without what only marks read."""
     alias: dict[int, Any] = {}
+    needed = _needed(draft, inputs)
     kept: list[Any] = []
     for old, (name, args, kwargs) in enumerate(draft.nodes, inputs):
-        if name in ("enter", "leave", "output"):
+        if name in FRAMES:
             alias[old] = _renumbered(kwargs, alias)
-        else:
+        elif old in needed:
             kept.append([name, _renumbered(args, alias), _renumbered(kwargs, alias)])
             alias[old] = {"v": inputs + len(kept) - 1}
     return kept, _renumbered(draft.output, alias)
+
+
+def _needed(draft: Draft, inputs: int) -> set[int]:
+    """The numbers of what is returned or written in place, and of what these read, marks aside."""
+    needed = {*_read(draft.output)}
+    for old in range(inputs + len(draft.nodes) - 1, inputs - 1, -1):
+        name, args, kwargs = draft.nodes[old - inputs]
+        if old in needed or writes(name):
+            needed |= {old, *_read(args), *_read(kwargs)}
+    return needed
+
+
+def writes(name: str) -> bool:
+    """Whether an operator writes into its first argument."""
+    base = name.split(".")[1] if name.startswith("aten.") else ""
+    return base.endswith("_") and not base.endswith("__")
+
+
+def _read(value: Any) -> Iterator[int]:
+    if isinstance(value, dict):
+        if set(value) == {"v"}:
+            yield value["v"]
+        for part in value.values():
+            yield from _read(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _read(part)
 
 
 class _Grown:

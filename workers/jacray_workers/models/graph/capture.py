@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,47 +21,11 @@ from jacray_workers.models.graph.binding import steps
 from jacray_workers.models.graph.convert import Converter, Named
 from jacray_workers.models.graph.document import Document
 from jacray_workers.models.graph.file import stored
-from jacray_workers.models.graph.module import GraphModule
 from jacray_workers.models.graph.values import Ref
 from jacray_workers.problem.problem import CallableModule, as_module
 from jacray_workers.problem.session import session
 from jacray_workers.problem.trees import arguments
 from jacray_workers.validation import explain
-
-
-def checked(model: Any, example: Any) -> tuple[Document, dict[str, Tensor]]:
-    """`capture`, after which graph and module were compared on one and on all samples of the example.
-
-    Raises:
-        ModelError: torch.export cannot capture the module, it calls what graph files do not hold, or the graph does not
-            repeat what the module computes.
-        InputError: the example is no batch of tensors.
-    """
-    document, tensors = capture(model, example)
-    module, graph = as_module(model), GraphModule(document, tensors)
-    target = module.function if isinstance(module, CallableModule) else module
-    call, leaves = arguments(target, example)
-    for size in (1, len(leaves[0])):
-        found = [_outputs(m, call, [leaf[:size] for leaf in leaves]) for m in (module, graph)]
-        if len(found[0]) != len(found[1]) or not all(map(_alike, *found)):
-            rule = f"must compute the same once captured, and does not for a batch of {size}"
-            way_out = "it may depend on the batch size, on Python's state or on what it was called with before"
-            raise ModelError("model", rule, type(module).__name__, way_out)
-    return document, tensors
-
-
-def _outputs(module: nn.Module, call: Any, leaves: list[Tensor]) -> list[Any]:
-    with session(module, training=False, tf32=False, seed=0):
-        args, kwargs = call.bind([leaf.detach().clone() for leaf in leaves])
-        return pytree.tree_leaves(module(*args, **kwargs))
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and bool(a == b)
-    same = a.shape == b.shape and a.dtype == b.dtype
-    near = 1e-3 if a.dtype in (torch.bfloat16, torch.float16) else 1e-5
-    return same and torch.allclose(a, b.to(a.device), rtol=near, atol=near, equal_nan=True)
 
 
 def capture(model: Any, example: Any) -> tuple[Document, dict[str, Tensor]]:
@@ -165,14 +130,50 @@ def _converted(
     flat = _Flat(module, call, seen)
     flat.training = False
     try:
-        with _marked(module, sides), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _marked(module, sides), _no_custom_backward(), _silence():
             program = torch.export.export(flat, tuple(leaves), dynamic_shapes=shapes, strict=False)
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001 - torch.export raises whatever the model or the tracer raises
         raise _refusal(error, module) from None
     return Converter(program, len(leaves), seen.tree, named).draft
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """torch.export prints whole graphs where it fails; what matters becomes one error of ours."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _no_custom_backward() -> Iterator[None]:
+    """A graph holds what forward computes, so a backward that somebody wrote would be lost without a word.
+
+    Raises:
+        ModelError: inside, where such a function is called.
+    """
+    home = torch.autograd.Function
+    before = home.__dict__["apply"]
+
+    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("torch.") and "checkpoint" not in cls.__module__:
+            return before.__func__(cls, *args, **kwargs)
+        way_out = "write it with torch operators, or keep to your own process or Ray, which take any module"
+        raise ModelError(
+            "model", "uses an autograd.Function, whose backward a graph cannot hold", cls.__name__, way_out
+        )
+
+    home.apply = classmethod(refuse)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        home.apply = before  # type: ignore[method-assign]
 
 
 def _refusal(error: Exception, module: nn.Module) -> ModelError:

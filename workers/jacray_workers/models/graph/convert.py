@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jacray_workers.errors import ModelError, Plain
-from jacray_workers.models.graph.batch import Draft
+from jacray_workers.models.graph.batch import FRAMES, Draft, writes
 from jacray_workers.models.graph.operators import find, is_allowed
 from jacray_workers.models.graph.values import Ref, State, encode
 
@@ -187,7 +187,7 @@ class Converter:
         for old in range(self.inputs + len(self._drafts) - 1, self.inputs - 1, -1):
             name, args, kwargs = self._drafts[old - self.inputs]
             frames = name in ("enter", "leave")
-            if old in wanted or frames or (not name.startswith("aten._assert") and _writes(name)):
+            if old in wanted or frames or (not name.startswith("aten._assert") and writes(name)):
                 kept.append(old)
                 wanted |= {ref.index for ref in _refs(kwargs if frames else [args, kwargs])}
         return self._matched(kept[::-1])
@@ -216,7 +216,7 @@ class Converter:
 
     def _final(self, draft: tuple[str, Any, Any]) -> list[Any]:
         name, args, kwargs = draft
-        if name in ("enter", "leave", "output"):
+        if name in FRAMES:
             return [name, args, encode(self._moved(kwargs))]
         if not (name.startswith("aten.") and is_allowed(name.split(".")[1])) and not name.startswith(
             ("int.", "size", "item")
@@ -237,11 +237,6 @@ class Converter:
             pairs = [[k, self._placed(v, returned)] for k, v in inner] if tag == "dict" else None
             return {tag: pairs if pairs is not None else [self._placed(part, returned) for part in inner]}
         return encode(self._moved(returned[tree.index]) if isinstance(tree, Ref) else tree)
-
-
-def _writes(name: str) -> bool:
-    base = name.split(".")[1] if name.startswith("aten.") else ""
-    return base.endswith("_") and not base.endswith("__")
 
 
 def _refs(value: Any) -> list[Ref]:

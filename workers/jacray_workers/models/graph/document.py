@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from jacray_workers.errors import ModelError, Plain, SpecError
 from jacray_workers.spec_parts import Spec
@@ -81,6 +82,19 @@ class Document(Spec):
     inputs: tuple[InputEntry, ...] = Field(min_length=1, max_length=1_000)
     nodes: tuple[tuple[Any, Any, Any], ...] = Field(max_length=MAX_NODES)
     output: Any
+
+    @model_validator(mode="after")
+    def _names_stand_once(self) -> Document:
+        given = [*self.modules, *(name for entry in self.state for name in entry.names)]
+        if len({*given}) != len(given):
+            raise SpecError("state", "must give each name to one submodule, parameter or buffer", _twice(given))
+        if len({entry.path for entry in self.inputs}) != len(self.inputs):
+            raise SpecError("inputs", "must stand in different places", len(self.inputs))
+        return self
+
+
+def _twice(names: list[str]) -> str:
+    return next(name for name, count in Counter(names).items() if count > 1)
 
 
 def parse(text: str) -> Document:

@@ -112,6 +112,7 @@ class GraphModule(nn.Module):
     def _place(self, name: str, tensor: Tensor, persistent: bool) -> None:
         prefix, _, leaf = name.rpartition(".")
         part = self._part(prefix)
+        _check_free(leaf, name)
         try:
             if isinstance(tensor, nn.Parameter):
                 part.register_parameter(leaf, tensor)
@@ -126,6 +127,7 @@ class GraphModule(nn.Module):
             inner = part._modules.get(step)
             if inner is None:
                 inner = GraphPart()
+                _check_free(step, name)
                 try:
                     part.add_module(step, inner)
                 except KeyError:
@@ -196,6 +198,12 @@ class GraphModule(nn.Module):
             states = {place: torch.empty_like(self._state(name), device="meta") for place, name in program.states}
             check_sizes(program, blanks, states, batch)
             self._checked.add((batch, precision))
+
+
+def _check_free(step: str, name: str) -> None:
+    """A submodule or tensor must not hide what the module itself is made of."""
+    if hasattr(GraphModule, step) or step in (*_MADE, "_document", "_own", "training"):
+        raise ModelError("model", "gives a submodule, parameter or buffer a name that is taken", name)
 
 
 def unstored(entry: StateEntry, tensor: Tensor) -> Tensor:

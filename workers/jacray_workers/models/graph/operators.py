@@ -127,6 +127,7 @@ class Operator:
         result: `tensor`, `int`, or `several` for a tuple or list of tensors.
         count: how many tensors `several` are, or None where it depends on the arguments.
         writes: it writes into its first argument.
+        makes: it makes a tensor from numbers alone, on a device that it is told.
         arguments: the schema's arguments, None for those that are not torch's.
     """
 
@@ -136,6 +137,7 @@ class Operator:
     count: int | None
     writes: bool
     arguments: tuple[Any, ...] | None
+    makes: bool = False
 
 
 @functools.cache
@@ -176,7 +178,11 @@ def _of_torch(name: str) -> Operator | None:
         return None
     single = returns == ["Tensor"]
     count = None if single or returns == ["List[Tensor]"] else len(returns)
-    return Operator(name, function, "tensor" if single else "several", count, bool(written), tuple(schema.arguments))
+    makes = any(a.name == "device" for a in schema.arguments) and not any(
+        "Tensor" in str(a.type) for a in schema.arguments
+    )
+    arguments = tuple(schema.arguments)
+    return Operator(name, function, "tensor" if single else "several", count, bool(written), arguments, makes)
 
 
 def is_allowed(base: str) -> bool:

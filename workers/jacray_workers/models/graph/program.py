@@ -137,6 +137,9 @@ class _Compiler:
         check_call(operator, given, named, self._kind)
         self._check_item(operator, given)
         self._check_writes(operator, given)
+        if operator.makes:
+            # Nothing else says where such a tensor is made, and blank runs must not make real ones.
+            named["device"] = Here()
         step = Call(
             operator.function, [self._laid(a) for a in given], {k: self._laid(v) for k, v in named.items()}, number
         )
