@@ -128,3 +128,41 @@ def shared(tensor: Tensor) -> bool:
         if low <= address < high:
             return "plasma" in line
     return False
+
+
+class Poisoned(nn.Module):
+    """Raises at samples whose first number is above a bound, for as long as a file is there."""
+
+    def __init__(self, poison: Path, bound: float = 30.0) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = nn.Linear(5, 3)
+        self.poison = str(poison)
+        self.bound = bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(Checked.apply(x, self.poison, self.bound)))
+
+
+class Checked(torch.autograd.Function):
+    """The identity, which looks at its numbers as they are, also under vmap."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, poison: str, bound: float) -> Tensor:
+        if Path(poison).exists() and float(x.detach().max()) > bound:
+            raise ValueError("poison")
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(_ctx, g):
+        return g, None, None
+
+    @staticmethod
+    def jvp(_ctx, t, *_):
+        return t

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack, cast
 
 from jacray_workers.engine import Prepared, prepare
-from jacray_workers.errors import JobError, RequestError
+from jacray_workers.errors import JobError, RequestError, StorageError
 from jacray_workers.models import as_model
 from jacray_workers.plan import Plan
 from jacray_workers.request import Request, make_request
@@ -21,6 +21,7 @@ from jacray_workers.sources.loaded import Loaded
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from jacray.books import Books, open_books
 from jacray.coordinator import drive
 from jacray.digests import digests
 from jacray.executors import make_executor
@@ -135,7 +136,8 @@ class Client:
             request: a request made before; `fields` change some of it.
             to: a folder that every worker reaches, or a URL such as `s3://BUCKET/RUN`. Workers write their blocks into
                 its `results.zarr` as they go, and the result is read from there when it is sliced, so it may be larger
-                than memory. None gives the result in memory.
+                than memory. None gives the result in memory. A local folder also holds the job's journal: submitted
+                again, the same job goes on from what is finished there, and another job is refused.
             key: an idempotency key. The job that was submitted with it before is given back, unless it failed or was
                 cancelled: then it is started again.
             on_error: what a shard that always fails does. `fail` ends the job with its error; `skip` finishes the
@@ -151,19 +153,19 @@ class Client:
         if self.closed:
             raise JobError("client", "is closed", None, "make a new jacray.Client")
         asked = self._completed(make_request(request, **fields))
-        module = as_model(model)
-        ask = _Ask(module, x if isinstance(x, Loaded) else Loaded(x), asked, None if to is None else as_target(to))
+        loaded = x if isinstance(x, Loaded) else Loaded(x)
+        order = _Order(as_model(model), loaded, asked, None if to is None else as_target(to), key, on_error, user)
         if key is None:
-            return self._start(ask, on_error, user)
+            return self._start(order)
         # One at a time, so that two threads with one key cannot both be first.
         with self._submitting:
-            found = digests(module, ask.loaded.inputs, asked, self._executor.threads)
+            found = self._digests(order)
             known = self._keyed.get(key)
             if known is not None and known.digests != found:
                 changed = "; ".join(differing(known.digests, found))
                 raise JobError("key", f"was used for another job ({changed})", key, "use a new key")
             if known is None or known.job.status().state in ("failed", "cancelled"):
-                known = self._keyed[key] = _Keyed(self._start(ask, on_error, user), found)
+                known = self._keyed[key] = _Keyed(self._start(order), found)
             return known.job
 
     def scale(self, workers: int) -> None:
@@ -206,35 +208,50 @@ class Client:
             changes["device"] = self._executor.device
         return make_request(request, **changes) if changes else request
 
-    def _start(self, ask: _Ask, on_error: OnError, user: str) -> Job:
-        load = Load(1, 0, _nbytes(ask.module, ask.loaded.inputs))
-        with self._door.trying(load):
+    def _digests(self, order: _Order) -> dict[str, str]:
+        return digests(order.model, order.loaded.inputs, order.request, self._executor.threads)
+
+    def _start(self, order: _Order) -> Job:
+        books = open_books(order.target, lambda: self._digests(order))
+        try:
+            with self._door.trying(Load(1, 0, _nbytes(order.model, order.loaded.inputs))) as load:
+                return self._prepare(order, books, load)
+        except BaseException as error:
+            if books is not None:
+                books.end(error)
+            raise
+
+    def _prepare(self, order: _Order, books: Books | None, load: Load) -> Job:
+        began = time.perf_counter()
+        prepared, plan = self._plan(order, None if books is None else books.plan)
+        check_on_error(order.on_error, plan)
+        ledger = Ledger(self._describe(), job=uuid.uuid4().hex[:12])
+        ledger.seconds["plan"] = time.perf_counter() - began
+        with self._door.trying(Load(0, plan.shard_count, 0)) as shards:
             began = time.perf_counter()
-            with torch_threads(self._executor.threads):
-                prepared = prepare(
-                    ask.module,
-                    ask.loaded.inputs,
-                    ask.request,
-                    workers=self._executor.workers,
-                    apart=ask.target is not None,
-                )
-            plan = replace(_in_shards(prepared.plan, self._shard_size), threads=self._executor.threads)
-            check_on_error(on_error, plan)
-            ledger = Ledger(self._describe(), job=uuid.uuid4().hex[:12])
-            ledger.seconds["plan"] = time.perf_counter() - began
-            shards = Load(0, plan.shard_count, 0)
-            with self._door.trying(shards):
-                began = time.perf_counter()
-                # As tensors, whatever they were given as, in the structure that the model takes.
-                inputs = pytree.tree_unflatten(list(prepared.leaves), prepared.problem.call.spec)
-                if ask.target is not None:
-                    begin_store(ask.target, prepared, plan, ask.loaded.fields, ask.loaded.start)
-                task = self._executor.keep(ledger.job, Payload(ask.module, inputs, ask.request, plan, ask.target))
-                task.user, task.timeout = user, self._shard_timeout
-                ledger.seconds["send"] = time.perf_counter() - began
-                # What is left of the preparation only gives the results their structure.
-                prepared = replace(prepared, leaves=(), cotangents=None, tangents=None)
-                return self._launch(_Work(task, prepared, ledger, on_error, load.plus(shards)))
+            # As tensors, whatever they were given as, in the structure that the model takes.
+            inputs = pytree.tree_unflatten(list(prepared.leaves), prepared.problem.call.spec)
+            if books is not None:
+                ledger.job = books.enter(plan, order.key, order.user)
+            if order.target is not None:
+                begin_store(order.target, prepared, plan, order.loaded.fields, order.loaded.start)
+            task = self._executor.keep(ledger.job, Payload(order.model, inputs, order.request, plan, order.target))
+            task.user, task.timeout = order.user, self._shard_timeout
+            ledger.seconds["send"] = time.perf_counter() - began
+            # What is left of the preparation only gives the results their structure.
+            prepared = replace(prepared, leaves=(), cotangents=None, tangents=None)
+            return self._launch(_Work(task, prepared, ledger, order.on_error, load.plus(shards), books))
+
+    def _plan(self, order: _Order, earlier: Plan | None) -> tuple[Prepared, Plan]:
+        """The job prepared, and its plan: made now, or the one of an earlier run of it."""
+        with torch_threads(self._executor.threads):
+            prepared = prepare(
+                order.model, order.loaded.inputs, order.request, plan=earlier, workers=self._executor.workers,
+                apart=order.target is not None,
+            )  # fmt: skip
+        if earlier is not None:
+            return prepared, earlier
+        return prepared, replace(_in_shards(prepared.plan, self._shard_size), threads=self._executor.threads)
 
     def _describe(self) -> dict[str, Any]:
         executor = self._executor
@@ -256,23 +273,21 @@ class Client:
         result: Result | None = None
         error: BaseException | None = None
         try:
-            result = drive(self._executor, work.task, work.prepared, work.ledger, job.emit, on_error=work.on_error)
+            record = None if work.books is None else work.books.record(work.task.plan)
+            result = drive(
+                self._executor, work.task, work.prepared, work.ledger, job.emit, record=record, on_error=work.on_error
+            )
         except BaseException as caught:  # noqa: BLE001  (it is raised again by `job.result`)
             error = caught
         finally:
             self._executor.drop(work.task)
             self._door.leave(work.load)
+        if work.books is not None:
+            try:
+                work.books.end(error)
+            except StorageError as full:
+                error = error or full
         job.settle(result, error)
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """What was submitted: a module, its inputs, what to compute, and where the result goes."""
-
-    module: nn.Module
-    loaded: Loaded
-    request: Request
-    target: Target | None
 
 
 @dataclass(frozen=True)
@@ -284,6 +299,20 @@ class _Work:
     ledger: Ledger
     on_error: OnError
     load: Load
+    books: Books | None
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What was submitted, its arguments read."""
+
+    model: Any
+    loaded: Loaded
+    request: Request
+    target: Target | None
+    key: str | None
+    on_error: OnError
+    user: str
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jacray_workers.errors import Plain, SpecError
+from jacray_workers.errors import Plain, SpecError, UserError
 
 from jacray import documents
 from jacray.spec import PINNED, Run, resolved
+from jacray.target import JOURNAL
 
 SPEC, RESULTS, RECEIPT, REPORT = "spec.yaml", "results.zarr", "receipt.json", "report.html"
-OURS = (SPEC, RESULTS, RECEIPT, REPORT)
+JOURNALS = (JOURNAL, f"{JOURNAL}-wal", f"{JOURNAL}-shm")
+OURS = (SPEC, RESULTS, RECEIPT, REPORT, *JOURNALS)
 # What may differ between two runs of the same spec: where they ran, and what is done with the results.
 _ASIDE = ("cluster", "output")
 
@@ -49,13 +51,21 @@ class RunFolder:
         return self.path / REPORT
 
     @property
+    def journal(self) -> Path:
+        """What became of each shard."""
+        return self.path / JOURNAL
+
+    @property
     def is_run(self) -> bool:
-        """Whether a run was written here."""
-        return self.spec.is_file()
+        """Whether a run was written here, or begun."""
+        return self.spec.is_file() or self.journal.is_file()
 
 
-def check_free(run: Run) -> None:
+def check_free(run: Run) -> bool:
     """Refuse to write where something else is, before anything is computed.
+
+    Returns:
+        Whether a run of the same spec was begun there before, so that this one goes on from what is finished.
 
     Raises:
         SpecError: the folder cannot be written to, holds what no run wrote, or holds the run of another spec; the
@@ -74,16 +84,17 @@ def check_free(run: Run) -> None:
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise SpecError(key, f"must lie where one may write, which {above} is not", Plain(str(run.folder)))
         if not run.folder.exists():
-            return
+            return False
         if not folder.is_run and any(run.folder.iterdir()):
             rule = "must be a new folder, an empty one, or one that a run wrote"
             raise SpecError(key, rule, Plain(str(run.folder)), "choose another output.path")
-        if folder.is_run and not run.spec.output.overwrite:
+        if folder.spec.is_file() and not run.spec.output.overwrite:
             changed = differences(documents.read(folder.spec).data, _open(run))
             if changed:
                 rule = f"holds the run of another spec ({'; '.join(changed)})"
                 way_out = "choose another output.path, or set output.overwrite=true"
                 raise SpecError(key, rule, Plain(str(run.folder)), way_out)
+        return folder.journal.is_file() and not run.spec.output.overwrite
 
 
 def _open(run: Run) -> dict[str, Any]:
@@ -122,11 +133,19 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def room(path: Path) -> Iterator[None]:
-    """Room for a new run in a folder: what an earlier run left there goes when the block ends well.
+def room(path: Path, *, goes_on: bool = False) -> Iterator[None]:
+    """Room for a run in a folder: what an earlier run left there goes when the block ends well.
 
-    When it does not, the new run goes and the earlier one is as it was. Files that no run wrote stay in any case.
+    When it does not, the new run goes and the earlier one is as it was, unless some of the new one's shards are
+    finished: these stay, for the next attempt. Files that no run wrote stay in any case.
+
+    Args:
+        path: the folder.
+        goes_on: the run is an earlier one of the same spec that goes on: nothing is moved or removed.
     """
+    if goes_on:
+        yield
+        return
     path = path.resolve()
     fresh = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
@@ -135,6 +154,8 @@ def room(path: Path) -> Iterator[None]:
         _move_ours(path, aside)
         yield
     except BaseException:
+        if finished(path):
+            raise
         _remove_ours(path)
         _move_ours(aside, path)
         if fresh:
@@ -143,6 +164,21 @@ def room(path: Path) -> Iterator[None]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def finished(path: Path) -> tuple[int, int] | None:
+    """How many shards of the run in a folder are finished, of how many; None where none is."""
+    from jacray.journal import Journal
+
+    if not (path / JOURNAL).is_file():
+        return None
+    try:
+        with Journal(path / JOURNAL, read_only=True) as journal:
+            jobs = journal.jobs()
+            done = journal.counts(jobs[0].id).done if jobs else 0
+            return (done, jobs[0].shards) if done else None
+    except UserError:  # a journal that cannot be read is of no use to anybody
+        return None
 
 
 def _move_ours(here: Path, there: Path) -> None:

@@ -77,11 +77,11 @@ class Door:
             self.load = self.load.plus(load, -1)
 
     @contextmanager
-    def trying(self, load: Load) -> Iterator[None]:
+    def trying(self, load: Load) -> Iterator[Load]:
         """Take a load on; off again if the block raises."""
         self.enter(load)
         try:
-            yield
+            yield load
         except BaseException:
             self.leave(load)
             raise

@@ -120,7 +120,10 @@ class Run:
         try:
             yield
         except UserError as error:
-            raise _located(error, self.document) from error.__cause__
+            located = _located(error, self.document)
+            for note in getattr(error, "__notes__", ()):
+                located.add_note(note)
+            raise located from error.__cause__
 
     def runtime_env(self) -> dict[str, Any]:
         """The cluster's runtime environment, its local folders as whole paths."""

@@ -11,6 +11,7 @@ from typing import Any
 from jacray_workers.errors import RequestError
 
 RESULTS = "results.zarr"
+JOURNAL = "journal.sqlite"
 
 
 @dataclass(frozen=True)

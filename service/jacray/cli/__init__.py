@@ -171,6 +171,20 @@ def cancel(job: str, url: str, debug: bool) -> None:  # noqa: ARG001 - as above
 
 
 @group.command()
+@click.argument("folder", type=click.Path(path_type=str), metavar="RUN_FOLDER")
+@click.option("--shards", is_flag=True, help="List every shard that something has happened to.")
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object a line.")
+@_DEBUG
+def status(folder: str, shards: bool, as_json: bool, debug: bool) -> None:  # noqa: ARG001 - as above
+    """Print how the run in RUN_FOLDER stands: finished, running, or interrupted with so many shards done."""
+    from pathlib import Path
+
+    from jacray.cli.standing import show_run
+
+    show_run(Path(folder), shards=shards, as_json=as_json)
+
+
+@group.command()
 def schema() -> None:
     """Print the JSON Schema of the YAML, for editors."""
     import json

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jacray_workers.errors import Plain, SpecError
@@ -33,23 +34,49 @@ def plan_file(file: str, overrides: Sequence[str]) -> str:
 
 def run_file(file: str, overrides: Sequence[str], style: Style = "auto") -> None:
     """Compute what a file describes, write its folder, and print a summary."""
+    from jacray.cli.interrupts import stoppable
     from jacray.folders import check_free, room
 
     began = time.perf_counter()
     run = read_run(file, overrides)
-    check_free(run)
+    goes_on = check_free(run)
     from jacray.cli.show import summary
     from jacray.work import make
 
     work = make(run)
-    with room(run.folder):
-        result = compute(run, work, style)
+    with stoppable(), _told_how_to_go_on(run), room(run.folder, goes_on=goes_on):
+        result = compute(run, work, style, goes_on=goes_on)
     folder = write(run, work, result)
     summary(work, result, folder, time.perf_counter() - began)
 
 
-def compute(run: Run, work: Work, style: Style = "auto") -> Result:
-    """Run the job where the spec says, with its progress on stderr."""
+@contextlib.contextmanager
+def _told_how_to_go_on(run: Run) -> Iterator[None]:
+    """Whoever stops a run, or is stopped, hears what is finished and what to do next."""
+    from jacray.cli.failures import Interrupted
+    from jacray.folders import finished
+
+    def left() -> str:
+        done = finished(run.folder)
+        if done is None:
+            return ""
+        return (
+            f"{done[0]:,} of {done[1]:,} shards are finished and kept in {run.folder}: "
+            "run the same command again to go on from there"
+        )
+
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(f"interrupted; {left() or 'nothing was left half-written'}") from stopped
+    except Exception as error:
+        if kept := left():
+            error.add_note(kept)
+        raise
+
+
+def compute(run: Run, work: Work, style: Style = "auto", *, goes_on: bool = False) -> Result:
+    """Run the job where the spec says, with its progress on stderr; what is finished of it takes room already."""
     from jacray import runs
     from jacray.client import Client
     from jacray.progress import progress
@@ -70,7 +97,8 @@ def compute(run: Run, work: Work, style: Style = "auto") -> Result:
             job = client.submit(
                 work.model, work.loaded, request=work.request, to=runs.target(run), on_error=cluster.on_error
             )
-            _check_room(run, job.plan.bytes_out)
+            if not goes_on:
+                _check_room(run, job.plan.bytes_out)
             runs.begin(run, job.plan)
             with progress(job, style=style):
                 return job.result()

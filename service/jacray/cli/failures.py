@@ -14,6 +14,10 @@ import click
 MISTAKE, FAULT, INTERRUPTED = 1, 2, 130
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what is left of the work in words."""
+
+
 def guarded(command: Callable[[], Any], *, debug: bool) -> int:
     """Run a command; a failure becomes one message on stderr and an exit code.
 
@@ -25,6 +29,8 @@ def guarded(command: Callable[[], Any], *, debug: bool) -> int:
         result = command()
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
+    except Interrupted as stopped:
+        return _say(str(stopped), INTERRUPTED)
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _say("interrupted; nothing was left half-written", INTERRUPTED)
     except BrokenPipeError:
@@ -49,10 +55,11 @@ def _failed(error: Exception, debug: bool) -> int:
 
     if debug:
         traceback.print_exception(error)
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, UserError):
-        return _say(str(error), MISTAKE)
+        return _say(f"{error}{notes}", MISTAKE)
     known = isinstance(error, JacrayError)
-    told = str(error) if known else f"{type(error).__name__}: {error}"
+    told = f"{error}{notes}" if known else f"{type(error).__name__}: {error}{notes}"
     where = "" if debug else f" (traceback in {_keep(error)})"
     return _say(f"{told}; this is a fault of jacray or of the machine{where}", FAULT)
 

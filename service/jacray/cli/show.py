@@ -41,7 +41,11 @@ def _rows(work: Work, result: Result, folder: RunFolder, seconds: float) -> Iter
         yield "", f"and {len(plan.arrays) - _MOST_ARRAYS} more arrays"
     yield "method", f"{plan.method}: {plan.reason}"
     yield "speed", _speed(receipt, seconds)
+    if receipt.get("shards_kept"):
+        yield "kept", f"{receipt['shards_kept']:,} of {plan.shard_count:,} shards were finished before and are kept"
     yield "check", _check(receipt)
+    for gap in receipt.get("skipped", ())[:_MOST_ARRAYS]:
+        yield "skipped", f"samples {gap['start']} to {gap['stop'] - 1} are NaN: {gap['error']}"
     if receipt["nonfinite"]:
         yield "warning", "; ".join(map(_bad, receipt["nonfinite"]))
     yield "results", str(folder.results)

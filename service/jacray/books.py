@@ -1,0 +1,139 @@
+"""What is kept of a job whose results go to a folder: its journal, and what an earlier run of it has finished."""
+
+from __future__ import annotations
+
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jacray_workers.errors import CancelledError, JacrayError, JobError, Plain, StorageError
+from jacray_workers.plan import Plan
+from jacray_workers.shard import ShardResult
+
+from jacray.journal import JobRow, Journal, differing
+from jacray.plans import read_plan
+from jacray.record import Record
+from jacray.target import JOURNAL, Target
+
+
+@dataclass
+class Books:
+    """One job's journal, held from when it is submitted until it has ended.
+
+    Attributes:
+        target: where the results go.
+        journal: in the target's folder.
+        digests: what the job is.
+        row: the job as an earlier run left it, or as it was entered.
+    """
+
+    target: Target
+    journal: Journal
+    digests: Mapping[str, str]
+    row: JobRow | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that an earlier run followed: only under the same plan are its shards of use."""
+        return None if self.row is None else read_plan(self.row.plan)
+
+    def enter(self, plan: Plan, key: str | None, user: str) -> str:
+        """Note that the job runs now; returns its id."""
+        from jacray.store import plain
+
+        if self.row is None:
+            identity = uuid.uuid4().hex[:12]
+            self.row = self.journal.enter(
+                JobRow(
+                    identity, self.digests, plain(plan.to_dict()), plan.digest, plan.samples, plan.shard_count, key,
+                    user=user, spec={"to": self.target.url},
+                )
+            )  # fmt: skip
+        self.journal.begin(self.row.id)
+        return self.row.id
+
+    def record(self, plan: Plan) -> Record:
+        """Where the job's shards are noted. The store must have been begun."""
+        identity = "" if self.row is None else self.row.id
+        return Record(self.journal, identity, plan, _intact(self.target))
+
+    def end(self, error: BaseException | None) -> None:
+        """Note how the job ended, and let go of the journal."""
+        try:
+            if self.row is not None:
+                self._note(self.row.id, error)
+        finally:
+            self.journal.close()
+
+    def _note(self, identity: str, error: BaseException | None) -> None:
+        if error is None:
+            self.journal.end(identity, "done")
+        elif isinstance(error, CancelledError):
+            self.journal.end(identity, "cancelled")
+        elif not isinstance(error, StorageError):  # with a full disk, `running` has to do: nobody runs it any more
+            told = str(error) if isinstance(error, JacrayError) else f"{type(error).__name__}: {error}"
+            self.journal.end(identity, "failed", told, "".join(traceback.format_exception(error)))
+
+
+def open_books(target: Target | None, digests: Callable[[], Mapping[str, str]]) -> Books | None:
+    """The books of a job; None for a job that nothing is kept of: one in memory, or behind a URL.
+
+    Args:
+        target: where the results go.
+        digests: makes what the job is; called where there are books.
+
+    Raises:
+        JobError: another process computes into that folder, or it holds another job; names what differs.
+        StorageError: the journal cannot be written.
+    """
+    if target is None or target.path is None:
+        return None
+    journal = Journal(target.path / JOURNAL)
+    try:
+        found = digests()
+        earlier = next(iter(journal.jobs()), None)
+        changed = [] if earlier is None else differing(earlier.digests, found)
+        if changed:
+            way_out = "choose another folder, or remove that one"
+            raise JobError("to", f"holds another job ({'; '.join(changed)})", Plain(target.url), way_out)
+        earlier = _unless_broken(journal, target, earlier)
+    except BaseException:
+        journal.close()
+        raise
+    return Books(target, journal, found, earlier)
+
+
+def _unless_broken(journal: Journal, target: Target, earlier: JobRow | None) -> JobRow | None:
+    """The earlier job, unless its store is complete but damaged in a way that only computing all of it mends."""
+    from jacray import store
+
+    if earlier is None or not store.exists(target):
+        return earlier
+    opened = store.open_store(target)
+    if opened.plan.digest != earlier.plan_digest:
+        raise JobError("to", "holds a store that is not its journal's", Plain(target.url), "choose another folder")
+    # The parts that sums were made of are gone once they are made.
+    if opened.complete and any(a.axis < 0 for a in opened.plan.arrays) and any(store.damages(opened)):
+        store.remove(target)
+        journal.forget(earlier.id)
+        return None
+    return earlier
+
+
+def _intact(target: Target) -> Callable[[ShardResult], bool]:
+    """Reads what a shard wrote and compares its checksums."""
+    opened: list[Any] = []
+
+    def intact(result: ShardResult) -> bool:
+        from jacray import store
+
+        if not opened:
+            opened.append(store.open_store(target))
+        found = opened[0]
+        arrays = found.arrays
+        left = [w for w in result.written if not (found.complete and arrays[w.key].axis < 0)]
+        return bool(result.written) and all(store.verify(found, written) for written in left)
+
+    return intact
