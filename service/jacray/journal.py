@@ -134,23 +134,30 @@ class Journal:
         if read_only and not path.is_file():
             raise UserError("path", "must hold a journal", Plain(str(path)), "a run writes one into its folder")
         self._held = None if read_only else _hold(path)
+        try:
+            self._db = self._open(read_only)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _open(self, read_only: bool) -> sqlite3.Connection:
         with self._storage():
             mode = "?mode=ro" if read_only else ""
-            self._db = sqlite3.connect(
-                f"file:{_quoted(path)}{mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=30
+            db = sqlite3.connect(
+                f"file:{_quoted(self.path)}{mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=30
             )
             # Commits need not reach the disk before the next: after a power failure the last shards are computed again.
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+            db.execute("PRAGMA synchronous=NORMAL")
+            found = int(db.execute("PRAGMA user_version").fetchone()[0])
+            if not read_only:
+                db.execute("PRAGMA journal_mode=WAL")
             if found == 0 and not read_only:
-                self._make()
+                db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={FORMAT}; COMMIT;")
             elif found != FORMAT:
-                self.close()
-                raise UserError(str(path), f"must have format {FORMAT}", found, "use the jacray that wrote it")
-
-    def _make(self) -> None:
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={FORMAT}; COMMIT;")
+                db.close()
+                rule = f"must have format {FORMAT}"
+                raise UserError(str(self.path), rule, found, "use the jacray that wrote it")
+            return db
 
     def enter(self, job: JobRow) -> JobRow:
         """Take a job in.
@@ -238,10 +245,18 @@ class Journal:
     def close(self) -> None:
         """Write everything into the one file and let go of it. Later calls do nothing."""
         with self._lock:
-            self._db.close()
             if self._held is not None:
-                os.close(self._held)
-                self._held = None
+                with contextlib.suppress(sqlite3.Error):  # somebody reads: then it stays as it is
+                    # A reader of a file in WAL mode leaves two more beside it; at rest it is in the older mode.
+                    self._db.execute("PRAGMA busy_timeout=0")
+                    self._db.execute("PRAGMA journal_mode=DELETE")
+            self._db.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def __enter__(self) -> Self:
         return self

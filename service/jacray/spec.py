@@ -190,7 +190,7 @@ def resolved(run: Run, pins: Mapping[Pin, Any] | None = None) -> dict[str, Any]:
         data[block] = _moved(data[block], run.base, run.folder)
     for key in ("weights", "vectors"):
         data["request"][key] = _moved(data["request"][key], run.base, run.folder)
-    data["request"] |= pins or {}
+    data["request"] |= {key: pin for key, pin in (pins or {}).items() if data["request"][key] == PINNED[key]}
     data["cluster"]["runtime_env"] = _sent(
         data["cluster"]["runtime_env"], lambda path: _rebased(path, run.base, run.folder)
     )
