@@ -25,6 +25,24 @@ def mlp(sizes: tuple[int, ...] = (5, 16, 3), seed: int = 0) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+class Scaled(nn.Module):
+    """A model whose numbers a plain attribute decides."""
+
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.scale = scale
+        self.names = {"b", "a", "c"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+def scaled(scale: float = 2.0) -> Scaled:
+    torch.manual_seed(0)
+    return Scaled(scale)
+
+
 class Toy(nn.Module):
     """A linear layer that knows whether it is in a job's worker, a process or a thread."""
 

@@ -137,11 +137,20 @@ def submit(file: str, overrides: tuple[str, ...], url: str, debug: bool) -> None
 
 
 @group.command()
-@click.argument("job", metavar="[ID]", required=False)
+@click.argument("job", metavar="[RUN_FOLDER | ID]", required=False)
+@click.option("--shards", is_flag=True, help="Of a run folder: list every shard that something has happened to.")
+@click.option("--json", "as_json", is_flag=True, help="Of a run folder: as one JSON object a line.")
 @_URL
 @_DEBUG
-def status(job: str | None, url: str, debug: bool) -> None:  # noqa: ARG001 - as above
-    """Print how far a job of a service is, or your latest jobs."""
+def status(job: str | None, shards: bool, as_json: bool, url: str, debug: bool) -> None:  # noqa: ARG001 - as above
+    """Print how the run in a folder stands, how far a job of a service is, or your latest jobs there."""
+    from pathlib import Path
+
+    if job is not None and Path(job).is_dir():
+        from jacray.cli.standing import show_run
+
+        show_run(Path(job), shards=shards, as_json=as_json)
+        return
     from jacray.cli.remote import show_status
 
     show_status(job, url)
@@ -168,20 +177,6 @@ def cancel(job: str, url: str, debug: bool) -> None:  # noqa: ARG001 - as above
     from jacray.cli.remote import cancel_job
 
     cancel_job(job, url)
-
-
-@group.command()
-@click.argument("folder", type=click.Path(path_type=str), metavar="RUN_FOLDER")
-@click.option("--shards", is_flag=True, help="List every shard that something has happened to.")
-@click.option("--json", "as_json", is_flag=True, help="As one JSON object a line.")
-@_DEBUG
-def status(folder: str, shards: bool, as_json: bool, debug: bool) -> None:  # noqa: ARG001 - as above
-    """Print how the run in RUN_FOLDER stands: finished, running, or interrupted with so many shards done."""
-    from pathlib import Path
-
-    from jacray.cli.standing import show_run
-
-    show_run(Path(folder), shards=shards, as_json=as_json)
 
 
 @group.command()
