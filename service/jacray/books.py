@@ -13,7 +13,7 @@ from jacray_workers.plan import Plan
 from jacray_workers.shard import ShardResult
 
 from jacray.journal import JobRow, Journal, differing
-from jacray.plans import read_plan
+from jacray.plans import PINNED, pins, read_plan
 from jacray.record import Record
 from jacray.target import JOURNAL, Target
 
@@ -94,7 +94,7 @@ def open_books(target: Target | None, digests: Callable[[], Mapping[str, str]]) 
     try:
         found = digests()
         earlier = next(iter(journal.jobs()), None)
-        changed = [] if earlier is None else differing(earlier.digests, found)
+        changed = [] if earlier is None else differing(earlier.digests, _pinned(found, earlier))
         if changed:
             way_out = "choose another folder, or remove that one"
             raise JobError("to", f"holds another job ({'; '.join(changed)})", Plain(target.url), way_out)
@@ -103,6 +103,13 @@ def open_books(target: Target | None, digests: Callable[[], Mapping[str, str]]) 
         journal.close()
         raise
     return Books(target, journal, found, earlier)
+
+
+def _pinned(found: Mapping[str, str], earlier: JobRow) -> dict[str, str]:
+    """What was left to the plan, or is as the earlier plan has it, counts as it did then."""
+    plan = {name: str(value) for name, value in pins(read_plan(earlier.plan)).items()}
+    same = {name for name in PINNED if found[name] in (str(PINNED[name]), plan[name])}
+    return {**found, **{name: earlier.digests[name] for name in same}}
 
 
 def _unless_broken(journal: Journal, target: Target, earlier: JobRow | None) -> JobRow | None:

@@ -17,6 +17,7 @@ import torch
 from jacray_workers.request import Request
 from torch import Tensor, nn
 
+from jacray.plans import PINNED
 from jacray.receipt import library_versions
 
 # What `nn.Module` keeps for itself; parameters and buffers are hashed by their names.
@@ -34,13 +35,17 @@ def digests(model: Any, inputs: Any, request: Request, threads: int) -> dict[str
         inputs: a tensor or a pytree of tensors.
         request: what to compute, with `weights` and `vectors` as they will be used.
         threads: torch threads of each worker, which decide the order of some sums.
+
+    Returns:
+        A digest for each of model, inputs and request; what may be left to the plan, and short facts, as they are.
     """
     versions = library_versions()
-    asked = {name: getattr(request, name) for name in type(request).model_fields}
+    asked = {name: getattr(request, name) for name in type(request).model_fields if name not in PINNED}
     return {
         "model": digest(model),
         "inputs": digest(inputs),
         "request": digest(asked),
+        **{name: str(getattr(request, name)) for name in PINNED},
         "threads": str(threads),
         "versions": f"jacray {versions['jacray']}, torch {versions['torch']}",
     }

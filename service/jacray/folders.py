@@ -14,7 +14,8 @@ from typing import Any
 from jacray_workers.errors import Plain, SpecError, UserError
 
 from jacray import documents
-from jacray.spec import PINNED, Run, resolved
+from jacray.plans import PINNED
+from jacray.spec import Run, resolved
 from jacray.target import JOURNAL
 
 SPEC, RESULTS, RECEIPT, REPORT = "spec.yaml", "results.zarr", "receipt.json", "report.html"
@@ -136,8 +137,8 @@ def _short(value: Any) -> str:
 def room(path: Path, *, goes_on: bool = False) -> Iterator[None]:
     """Room for a run in a folder: what an earlier run left there goes when the block ends well.
 
-    When it does not, the new run goes and the earlier one is as it was, unless some of the new one's shards are
-    finished: these stay, for the next attempt. Files that no run wrote stay in any case.
+    When it does not, the new run goes and the earlier one is as it was; where there was none, finished shards of the
+    new one stay, for the next attempt. Files that no run wrote stay in any case.
 
     Args:
         path: the folder.
@@ -154,7 +155,7 @@ def room(path: Path, *, goes_on: bool = False) -> Iterator[None]:
         _move_ours(path, aside)
         yield
     except BaseException:
-        if finished(path):
+        if not aside.exists() and finished(path):
             raise
         _remove_ours(path)
         _move_ours(aside, path)

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from jacray_workers.plan import ArrayPlan, Candidate, Plan
+
+Pin = Literal["method", "chunk_size", "memory_budget"]
+PINNED: Mapping[Pin, Any] = {"method": "auto", "chunk_size": None, "memory_budget": None}
+"""What a plan decides of a request, with the values that leave it to the plan."""
+
+
+def pins(plan: Plan) -> dict[Pin, Any]:
+    """What makes a rerun take the same decisions as this plan, and so give the same bits."""
+    return {"method": plan.method, "chunk_size": plan.chunk_size, "memory_budget": plan.budget_bytes}
 
 
 def read_plan(data: Mapping[str, Any]) -> Plan:

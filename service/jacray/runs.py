@@ -12,8 +12,9 @@ from jacray_workers.plan import Plan
 
 from jacray import emit, store
 from jacray.folders import RECEIPT, RunFolder
+from jacray.plans import pins
 from jacray.result import Result
-from jacray.spec import Pin, Run, resolved
+from jacray.spec import Run, resolved
 from jacray.stored import StoredResult
 from jacray.target import Target, as_target
 from jacray.work import Work
@@ -41,11 +42,6 @@ def save(run: Run, work: Work, result: Result) -> RunFolder:
     if run.spec.output.report:
         _write_report(folder, run, work, receipt)
     return folder
-
-
-def pins(plan: Plan) -> dict[Pin, Any]:
-    """What makes a rerun take the same decisions as this plan, and so give the same bits."""
-    return {"method": plan.method, "chunk_size": plan.chunk_size, "memory_budget": plan.budget_bytes}
 
 
 def _write_report(folder: RunFolder, run: Run, work: Work, receipt: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from pydantic import Field, StrictBool, ValidationError, field_validator
 from jacray import documents
 from jacray.documents import Document
 from jacray.overrides import override
+from jacray.plans import PINNED, Pin
 
 Count = Annotated[int, Field(strict=True, ge=1, le=100_000)]
 _ADDRESSES = ("inline", "local", "auto")
@@ -170,11 +171,6 @@ def schema() -> dict[str, Any]:
         if "kind" in model.get("properties", {}):
             model["required"] = list(dict.fromkeys(["kind", *model.get("required", ())]))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "jacray run", **found}
-
-
-Pin = Literal["method", "chunk_size", "memory_budget"]
-PINNED: Mapping[Pin, Any] = {"method": "auto", "chunk_size": None, "memory_budget": None}
-"""What a plan decides of a request, with the values that leave it to the plan."""
 
 
 def resolved(run: Run, pins: Mapping[Pin, Any] | None = None) -> dict[str, Any]:

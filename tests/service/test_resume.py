@@ -86,7 +86,8 @@ def test_another_job_is_refused_and_told_what_differs(client, tmp_path) -> None:
     for change, named in [
         ((mlp(seed=1), X, FIELDS), "model was"),
         ((mlp(), X + 1, FIELDS), "inputs was"),
-        ((mlp(), X, {**FIELDS, "chunk_size": 2}), "request was"),
+        ((mlp(), X, {**FIELDS, "chunk_size": 2}), "chunk_size was 4 and is 2"),
+        ((mlp(), X, {**FIELDS, "seed": 5}), "request was"),
     ]:
         model, x, fields = change
         with pytest.raises(jacray.JobError, match=f"holds another job \\({named}"):

@@ -57,7 +57,7 @@ def _told_how_to_go_on(run: Run) -> Iterator[None]:
     from jacray.folders import finished
 
     def left() -> str:
-        done = finished(run.folder)
+        done = None if run.spec.output.overwrite else finished(run.folder)
         if done is None:
             return ""
         return (
