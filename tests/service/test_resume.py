@@ -35,9 +35,11 @@ def poisoned(tmp_path: Path, at: int = 17) -> tuple[Poisoned, torch.Tensor, Path
 
 
 def same(a: jacray.Result, b: jacray.Result) -> None:
-    assert torch.equal(torch.as_tensor(a.jacobian), torch.as_tensor(b.jacobian))
-    if "gram" in a.names:
-        assert torch.equal(torch.as_tensor(a.gram), torch.as_tensor(b.gram))
+    """Bit for bit under one plan; a plan made while the poison was there may treat the samples otherwise."""
+    exact = {} if a.plan.digest == b.plan.digest else {"rtol": 1e-6, "atol": 1e-5}
+    for name in a.names:
+        found, expected = torch.as_tensor(getattr(a, name)), torch.as_tensor(getattr(b, name))
+        torch.testing.assert_close(found, expected, **(exact or {"rtol": 0, "atol": 0}))
 
 
 def done(job: jacray.Job) -> list[int]:
