@@ -52,7 +52,10 @@ def as_module(model: Any) -> nn.Module:
     if not callable(model):
         raise ModelError("model", "must be an nn.Module, a callable of tensors or a model spec", type(model).__name__)
     module = model if isinstance(model, nn.Module) else CallableModule(model)
-    lazy = [n for n, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    kind = nn.parameter.UninitializedParameter
+    lazy: list[str] = []
+    if any(isinstance(p, kind) for part in modules_of(module) for p in part._parameters.values()):
+        lazy = [name for name, p in module.named_parameters() if isinstance(p, kind)]
     if lazy:
         raise ModelError("model", "must have initialised parameters", lazy[0], "call the model once on a batch first")
     return module

@@ -17,7 +17,7 @@ from jacray_workers.errors import CoupledSamplesError, InputError, JacrayError, 
 from jacray_workers.problem.points import find_module
 from jacray_workers.problem.problem import CallableModule, Leaf, Out, Problem, as_module
 from jacray_workers.problem.session import Draws, lock_of
-from jacray_workers.problem.state import Snapshot, Writes, scripted
+from jacray_workers.problem.state import Snapshot, Writes, modules_of, scripted
 from jacray_workers.problem.trees import arguments
 from jacray_workers.request import ModulePoint, Request
 from jacray_workers.validation import nearest
@@ -216,6 +216,8 @@ def moved(module: nn.Module, device: torch.device, cast: torch.dtype | None) -> 
     # What is made under the caller's inference mode, tensors of the module included, cannot take part in derivatives.
     # The lock: in another thread's session the module may hold other tensors in its parameters' places.
     with torch.inference_mode(mode=False), lock_of(module):
+        if _as_they_are(module, device, cast):
+            return swapped
         for name, tensor in module.named_parameters():
             dtype = cast if tensor.is_floating_point() else None
             if tensor.is_inference() or tensor.device != device or dtype not in (None, tensor.dtype):
@@ -234,6 +236,16 @@ def moved(module: nn.Module, device: torch.device, cast: torch.dtype | None) -> 
             "model", rule, Plain(stuck[0]), "cast or move the module itself first, or pass the unscripted one"
         )
     return swapped
+
+
+def _as_they_are(module: nn.Module, device: torch.device, cast: torch.dtype | None) -> bool:
+    """Whether a module has no buffers, and parameters that need no change: the walk by names is slow."""
+    parts = modules_of(module)
+    parameters = [p for part in parts for p in part._parameters.values() if p is not None]
+    return not any(part._buffers for part in parts) and all(
+        p.device == device and not p.is_inference() and (cast in (None, p.dtype) or not p.is_floating_point())
+        for p in parameters
+    )
 
 
 def _point(outputs: Any) -> ModulePoint | None:
