@@ -18,6 +18,7 @@ from jacray_workers.models import as_model
 from jacray_workers.plan import Plan
 from jacray_workers.request import Request, make_request
 from jacray_workers.sources.loaded import Loaded
+from jacray_workers.sources.ranged import Rows
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -131,8 +132,9 @@ class Client:
 
         Args:
             model: an `nn.Module`, a callable of tensors or a model spec.
-            x: a tensor or a pytree of tensors, the batch first; or what `jacray_workers.sources` loaded, whose fields
-                are then kept with the results.
+            x: a tensor or a pytree of tensors, the batch first; or what `jacray_workers.sources.load` gave, whose
+                fields are then kept with the results; or what `sources.rows` gave, of which each worker reads the
+                samples of its shards, so that a data set may be larger than memory.
             request: a request made before; `fields` change some of it.
             to: a folder that every worker reaches, or a URL such as `s3://BUCKET/RUN`. Workers write their blocks into
                 its `results.zarr` as they go, and the result is read from there when it is sliced, so it may be larger
@@ -153,8 +155,7 @@ class Client:
         if self.closed:
             raise JobError("client", "is closed", None, "make a new jacray.Client")
         asked = self._completed(make_request(request, **fields))
-        loaded = x if isinstance(x, Loaded) else Loaded(x)
-        order = _Order(as_model(model), loaded, asked, None if to is None else as_target(to), key, on_error, user)
+        order = _Order(as_model(model), _loaded(x), asked, None if to is None else as_target(to), key, on_error, user)
         if key is None:
             return self._start(order)
         # One at a time, so that two threads with one key cannot both be first.
@@ -209,7 +210,9 @@ class Client:
         return make_request(request, **changes) if changes else request
 
     def _digests(self, order: _Order) -> dict[str, str]:
-        return digests(order.model, order.loaded.inputs, order.request, self._executor.threads)
+        inputs = order.loaded.inputs
+        known = inputs.digest if isinstance(inputs, Rows) else inputs
+        return digests(order.model, known, order.request, self._executor.threads)
 
     def _start(self, order: _Order) -> Job:
         books = open_books(order.target, lambda: self._digests(order))
@@ -230,7 +233,9 @@ class Client:
         with self._door.trying(Load(0, plan.shard_count, 0)) as shards:
             began = time.perf_counter()
             # As tensors, whatever they were given as, in the structure that the model takes.
-            inputs = pytree.tree_unflatten(list(prepared.leaves), prepared.problem.call.spec)
+            inputs = order.loaded.inputs
+            if not isinstance(inputs, Rows):
+                inputs = pytree.tree_unflatten(list(prepared.leaves), prepared.problem.call.spec)
             if books is not None:
                 ledger.job = books.enter(plan, order.key, order.user)
             if order.target is not None:
@@ -331,8 +336,16 @@ def _in_shards(plan: Plan, size: int | None) -> Plan:
     return replace(plan, chunk_size=chunk, shard_size=min(plan.samples, size // chunk * chunk))
 
 
+def _loaded(x: Any) -> Loaded:
+    """What was submitted as inputs, with what is known of the samples."""
+    if isinstance(x, Rows):
+        return Loaded(x, start=x.start)
+    return x if isinstance(x, Loaded) else Loaded(x)
+
+
 def _nbytes(module: Any, x: Any) -> int:
-    """Bytes of a model and its inputs."""
+    """Bytes of a model and its inputs; samples that workers read themselves take none here."""
+    x = () if isinstance(x, Rows) else x
     held = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
     leaves = [leaf for leaf in pytree.tree_leaves(x) if hasattr(leaf, "nbytes") or isinstance(leaf, Tensor)]
     return sum(int(part.nbytes) for part in [*held, *leaves])

@@ -12,14 +12,21 @@ import threading
 from pathlib import Path
 
 import jacray
+import numpy as np
 import pytest
 import torch
 from jacray import store
 from jacray.store import StoredArray
 from jacray.target import Target, as_target
+from jacray_workers import sources
 from jacray_workers.blocks.block import Block
 from jacray_workers.errors import JobError, StorageError
-from jacray_workers.planning import sizing
+from jacray_workers.models import as_model
+from jacray_workers.planning import ladder, sizing
+from jacray_workers.sources import ranged
+from jacray_workers.sources.ranged import Rows
+from jacray_workers.sources.specs import Npy, Safetensors
+from safetensors.torch import save_file
 from torch.utils import _pytree as pytree
 
 ROOT = Path(__file__).parents[2]
@@ -180,7 +187,7 @@ def test_what_a_shard_wrote_is_verified_by_its_checksum(tmp_path):
 
 def test_another_jobs_folder_is_refused(inline_client, tmp_path):
     inline_client.submit(MODEL, X, to=tmp_path / "run").result()
-    with pytest.raises(StorageError, match="holds another job"):
+    with pytest.raises(JobError, match="holds another job"):
         inline_client.submit(MODEL, X[:5], to=tmp_path / "run")
 
 
@@ -223,3 +230,35 @@ def test_a_result_of_20_gb_goes_through_in_2_gb_of_every_process(tmp_path):
     assert set(found["peak"]) == {"driver", "worker", "ray"}
     assert max(found["peak"].values()) < 2e9, found
     assert found["shared"] < 2e9, found
+
+
+# Inputs that are read by range -------------------------------------------------------------------------------------
+
+
+def test_samples_are_read_by_range_where_they_are_computed(client, tmp_path, monkeypatch):
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(3))
+    np.save(tmp_path / "x.npy", x.numpy())
+    rows = sources.rows(Npy(path="x.npy"), tmp_path)
+    returns = ["jacobian", "outputs", "weighted_gradient"]
+    asked = {"method": "reverse", "chunk_size": 2, "returns": returns, "weights": torch.ones(3)}
+    expected = client.submit(MODEL, x, **asked).result()
+    monkeypatch.setattr(ladder, "SCANNED", 10)  # small batches are looked through for their largest number
+    monkeypatch.setattr(ranged, "HASHED_BYTES", 100)  # the digest of a small batch is that of its numbers
+    read = []
+    real = Rows.read
+    monkeypatch.setattr(Rows, "read", lambda self, start, stop: read.append(stop - start) or real(self, start, stop))
+    result = client.submit(MODEL, rows, to=tmp_path / "run", **asked).result()
+    for name in expected.names:
+        # Where in memory a sample lies may decide the last bit of a product.
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-6, atol=1e-7)
+    assert 0 < max(read) <= 64  # what the planner's trial takes; shards take 38
+
+
+def test_named_inputs_are_read_together(inline_client, tmp_path):
+    a, b = torch.randn(9, 2), torch.randn(9, 2)
+    save_file({"a": a, "b": b}, tmp_path / "x.safetensors")
+    rows = sources.rows(Safetensors(path="x.safetensors", arrays=("a", "b")), tmp_path)
+    model = as_model({"kind": "function", "expression": "a*b", "inputs": ["a", "b"]})
+    found = inline_client.submit(model, rows, method="reverse").result().jacobian
+    assert torch.equal(found["a"], torch.diag_embed(b))
+    assert torch.equal(found["b"], torch.diag_embed(a))

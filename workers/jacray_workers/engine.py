@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from jacray_workers.errors import InputError
 from jacray_workers.plan import ArrayPlan, Plan
 from jacray_workers.planning import planner
 from jacray_workers.problem import cache, weights
+from jacray_workers.problem.far import far_leaves
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.resolve import resolve
 from jacray_workers.problem.weights import Directions
@@ -26,8 +27,11 @@ from jacray_workers.request import Request
 from jacray_workers.rowcuts import place
 from jacray_workers.run import run_shard
 from jacray_workers.shard import ShardResult
+from jacray_workers.sources.ranged import Rows
 
 __all__ = ["Prepared", "assemble", "combine", "prepare", "run_shard"]
+
+FEW = 4  # samples by which the shapes of a source that is read by range are found out
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def prepare(
 
     Args:
         model: an `nn.Module` or a callable of tensors.
-        inputs: a tensor or a pytree of tensors, batch first.
+        inputs: a tensor or a pytree of tensors, batch first; or rows of a source, which are read as they are needed.
         request: what to compute.
         plan: a plan made before for the same job, on another machine perhaps.
         workers: how many workers will share the job; decides the shards.
@@ -67,12 +71,17 @@ def prepare(
     Raises:
         UserError: the model, the inputs or the request break a rule, or the work cannot fit its memory.
     """
-    key = cache.key_of(model, inputs, request, (workers, apart)) if plan is None else None
+    rows = inputs if isinstance(inputs, Rows) else None
+    if rows is not None:
+        inputs = rows.read(0, min(FEW, rows.samples)).inputs
+    key = None if rows is not None else cache.key_of(model, inputs, request, (workers, apart)) if plan is None else None
     kept = cache.recall(model, key)
     if kept is not None:
         problem, plan, leaves = kept
     else:
         problem, leaves = resolve(model, inputs, request)
+    if rows is not None:
+        leaves = cast("list[Tensor]", far_leaves(rows, inputs))
     samples = leaves[0].shape[0]
     ks = weights.cotangents(problem, request.weights, samples) if "weighted_gradient" in request.returns else None
     wants_vectors = "jvp" in request.returns or request.vectors is not None
