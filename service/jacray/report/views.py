@@ -134,7 +134,7 @@ def _guess(name: str, path: str, value: Any) -> View:
 
 def _view(value: Any, array: ArrayPlan, plan: Plan | None) -> View:
     if array.dims[:1] in (("cotangent",), ("tangent",)):  # several weights: the first stands for them
-        value = value[0]
+        value = value.at(0) if hasattr(value, "at") else value[0]  # what is on disk stays there
     shape = tuple(value.shape)
     samples = shape[0] if array.axis >= 0 else 0
     dims = array.dims[-len(shape) :] if shape else ()
