@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from jacray_workers.engine import prepare, run_shard
 from jacray_workers.errors import BudgetError
+from jacray_workers.plan import Shard
 from jacray_workers.planning import memory
 from jacray_workers.planning.memory import Line, fit
-from jacray_workers.request import budget_bytes
+from jacray_workers.request import budget_bytes, make_request
 from torch import Tensor, nn
 
 from tests import reference
@@ -119,24 +121,92 @@ CHILD = """
 import resource, sys, torch, jacray
 from torch import nn
 torch.manual_seed(0)
-method, wrt, budget = sys.argv[1], sys.argv[2], 400 * 2**20
-if wrt == "inputs":
-    net, x = nn.Sequential(nn.Linear(784, 1024), nn.Tanh(), nn.Linear(1024, 160)), torch.randn(512, 784)
-else:
-    net, x = nn.Sequential(nn.Linear(784, 64), nn.Tanh(), nn.Linear(64, 10)), torch.randn(120, 784)
-jacray.jacobian(net, x[:3], wrt=wrt, method=method, form="dense")
+torch.set_num_threads(1)
+method, work, budget = sys.argv[1], sys.argv[2], int(sys.argv[3]) * 2**20
+
+def mlp(*widths):
+    layers = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+def cnn():
+    convs = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(32 * 24 * 24, 10))
+
+weighted = {"returns": "weighted_gradient", "weights": torch.randn(4, 5000, 10)}
+net, x, fields = {
+    "inputs": lambda: (mlp(400, 512, 64), torch.randn(512, 400), {}),
+    "params": lambda: (mlp(300, 64, 10), torch.randn(150, 300), {"wrt": "params", "form": "dense"}),
+    "bottleneck": lambda: (mlp(600, 256, 16, 256, 600), torch.randn(80, 600), {}),
+    "convolutions": lambda: (cnn(), torch.randn(256, 3, 24, 24), {}),
+    "ntk": lambda: (mlp(600, 256, 40), torch.randn(60, 600), {"returns": "ntk"}),
+    "gram": lambda: (mlp(600, 256, 256, 40), torch.randn(2000, 600), {"returns": "gram"}),
+    "singular_values": lambda: (mlp(600, 256, 200), torch.randn(300, 600), {"returns": "singular_values"}),
+    "mean_jacobian": lambda: (mlp(600, 256, 200), torch.randn(1000, 600), {"returns": "mean_jacobian"}),
+    "logabsdet": lambda: (mlp(400, 256, 400), torch.randn(300, 400), {"returns": "logabsdet"}),
+    "weighted": lambda: (mlp(600, 512, 512, 10), torch.randn(5000, 600), weighted),
+}[work]()
+fields = {"returns": "jacobian", **fields}
+few = {name: value[:, :3] if name == "weights" else value for name, value in fields.items()}
+jacray.compute(net, x[:3], method=method, **few)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-J = jacray.jacobian(net, x, wrt=wrt, method=method, form="dense", memory_budget=budget)
+jacray.compute(net, x, method=method, memory_budget=budget, **fields)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / budget)
 """
+# Each with a budget that holds it only in portions, or only just.
+WORKS = [
+    *((method, "inputs", 120) for method in ("reverse", "forward", "backward_loop", "layerwise")),
+    *((method, "params", 180) for method in ("reverse", "backward_loop", "layerwise")),
+    *((method, "convolutions", 200) for method in ("reverse", "backward_loop", "layerwise")),
+    ("chain", "bottleneck", 140),
+    ("auto", "ntk", 100),
+    ("auto", "gram", 200),
+    ("auto", "singular_values", 200),
+    ("auto", "mean_jacobian", 200),
+    ("auto", "logabsdet", 200),
+    ("auto", "weighted", 200),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrt", ["inputs", "params"])
-@pytest.mark.parametrize("method", ["reverse", "backward_loop", "layerwise"])
-def test_the_budget_is_kept_as_resident_memory(method: str, wrt: str) -> None:
+@pytest.mark.parametrize(("method", "work", "budget"), WORKS)
+def test_the_budget_is_kept_as_resident_memory(method: str, work: str, budget: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, method, wrt], capture_output=True, text=True, check=False, timeout=280
+        [sys.executable, "-c", CHILD, method, work, str(budget)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.0
+
+
+def test_a_chunk_is_rehearsed_where_it_comes_near_the_budget() -> None:
+    """What a few samples do not show: here, a step that takes the square of the number of samples."""
+    net, x = Pairs(), torch.randn(256, 8)
+    roomy = compute(net, x, method="backward_loop", memory_budget="8GiB").plan
+    tight = compute(net, x, method="backward_loop", memory_budget=2 << 20)
+    assert tight.plan.chunk_size < roomy.chunk_size
+    assert reference.worst(tight.jacobian[:4], reference.jacobian(net, x[:4])) < 1e-4
+    with pytest.raises(BudgetError, match=r"256 samples at a time would take"):
+        compute(net, x, method="backward_loop", memory_budget=2 << 20, chunk_size=256)
+
+
+class Pairs(nn.Module):
+    """Makes a table over all pairs of samples, and leaves it unused."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[0]
+        return x.sin() + 0 * torch.ones(size, size, 16).sum(dim=(1, 2)).unsqueeze(1)
+
+
+def test_forward_takes_no_more_of_a_batch_than_a_chunk() -> None:
+    """torch gives a tangent the memory of its primal's storage, which for a slice is the whole batch."""
+    net, x = nn.Linear(32, 4), torch.randn(4096, 32)
+    request = make_request(method="forward", chunk_size=8)
+
+    def peak(batch: Tensor, shard: Shard) -> int:
+        prepared = prepare(net, batch, request)
+        return memory.measure(lambda: run_shard(prepared, shard), torch.device("cpu"))
+
+    assert peak(x, Shard(0, 2048, 2056)) < 1.5 * peak(x[:8].clone(), Shard(0, 0, 8))

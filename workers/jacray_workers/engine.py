@@ -6,7 +6,7 @@ prepare -> Prepared (problem, plan) -> run_shard, shard by shard -> combine -> a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,8 @@ from jacray_workers.blocks.block import Block, dense_block
 from jacray_workers.errors import InputError
 from jacray_workers.plan import ArrayPlan, Plan
 from jacray_workers.planning import planner
+from jacray_workers.planning.case import WORKSPACE_SHARE, budget_of
+from jacray_workers.planning.rehearsal import rehearse
 from jacray_workers.problem import cache, weights
 from jacray_workers.problem.far import far_leaves
 from jacray_workers.problem.problem import Problem
@@ -80,6 +82,8 @@ def prepare(
         problem, plan, leaves = kept
     else:
         problem, leaves = resolve(model, inputs, request)
+        budget = budget_of(request, problem, workers) if plan is None else plan.budget_bytes
+        problem = replace(problem, workspace=max(1, int(budget * WORKSPACE_SHARE)))
     if rows is not None:
         leaves = cast("list[Tensor]", far_leaves(rows, inputs))
     samples = leaves[0].shape[0]
@@ -90,6 +94,7 @@ def prepare(
         products.check(problem, request)
         arrays = ArrayPlanner(problem, request, samples, _lead(ks), _lead(vs)).all()
         plan = planner.choose(problem, leaves, request, arrays, workers, ks, vs, apart=apart)
+        plan = rehearse(Prepared(problem, request, plan, tuple(leaves), ks, vs))
         cache.remember(model, key, problem, plan)
     elif plan.samples != samples:
         raise InputError("inputs", f"must have the {plan.samples} samples that the plan was made for", samples)

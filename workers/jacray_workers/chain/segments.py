@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacray_workers.chain.bracket import Bracket
 from jacray_workers.chain.cuts import Cut, Cuttings
-from jacray_workers.kernels.common import Targets, note_bound, spans
+from jacray_workers.kernels.common import Targets, note_bound, spans, whole
 from jacray_workers.kernels.sweep import sweep
 from jacray_workers.trust.finite import largest
 
@@ -34,6 +34,7 @@ class Run:
         samples: how many.
         loops: the segments whose backward does not run under `vmap`: one vector at a time there.
         made: Jacobians kept between calls for other rows, by their cuts; None to keep none.
+        workspace: bytes that the vectors in flight may take.
     """
 
     cuttings: Cuttings
@@ -41,6 +42,7 @@ class Run:
     samples: int
     loops: frozenset[tuple[int, int]] = frozenset()
     made: dict[tuple[int, int], Matrices] | None = None
+    workspace: int = WORKSPACE
 
     def values(self) -> list[Tensor]:
         """The leaves' values."""
@@ -52,7 +54,7 @@ class Run:
 
     def chunk(self, start: int, stop: int) -> int:
         """How many vectors to take through a segment at a time."""
-        return max(1, WORKSPACE // max(1, vector_bytes(self.cuttings, start, stop, self.samples)))
+        return max(1, self.workspace // max(1, vector_bytes(self.cuttings, start, stop, self.samples)))
 
 
 def vector_bytes(cuttings: Cuttings, start: int, stop: int, samples: int) -> int:
@@ -198,7 +200,7 @@ def push(run: Run, through: tuple[int, int], tangents: Tensor) -> Tensor:
     start, stop = (run.cuttings.cuts[cut] for cut in through)
     nodes = run.cuttings.between(*through)
     names = run.cuttings.tape.leaves if start.value < 0 else (start.value,)
-    primals = tuple(tensor.detach() for tensor in run.at(start))
+    primals = tuple(whole([tensor.detach() for tensor in run.at(start)]))
 
     def segment(*values: Tensor) -> Tensor:
         env = list(run.env)

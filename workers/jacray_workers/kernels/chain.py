@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from jacray_workers.chain import probes
 from jacray_workers.chain.chaining import ChainPlan, Known, Prepared, ready
-from jacray_workers.chain.segments import Run, make
+from jacray_workers.chain.segments import WORKSPACE, Run, make
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels.common import Targets, blocks_for
 from jacray_workers.problem.problem import Problem
@@ -93,6 +93,7 @@ def jacobian(
     size = batch[0].shape[0]
     wanted = range(problem.rows) if rows is None else rows
     prepared, run = _start(problem, batch, wanted)
+    run = replace(run, workspace=min(WORKSPACE, problem.workspace))
     blocks = blocks_for(problem, size, len(wanted), into)
     targets = Targets(
         block.view(size, len(wanted), leaf.size)

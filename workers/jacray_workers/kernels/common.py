@@ -39,6 +39,14 @@ def sample_function(problem: Problem, sample: Sequence[Tensor]) -> Sample:
     return function
 
 
+def whole(values: Sequence[Tensor]) -> list[Tensor]:
+    """The values, each in memory of its own: torch gives a tangent as much memory as its primal's storage has.
+
+    For samples out of the middle of a large batch that would be the whole batch, for every tangent of every sample.
+    """
+    return [v.clone() if v.untyped_storage().nbytes() != v.nbytes else v for v in values]
+
+
 def math_attention() -> AbstractContextManager[None]:
     """Attention by the unfused kernel: only that one has rules for vmap, for forward mode and for a second backward."""
     return sdpa_kernel(SDPBackend.MATH)

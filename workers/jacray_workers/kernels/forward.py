@@ -20,6 +20,7 @@ from jacray_workers.kernels.common import (
     per_sample,
     sample_function,
     spans,
+    whole,
 )
 from jacray_workers.problem.problem import Problem
 
@@ -48,7 +49,7 @@ def jacobian(
         width: tangents in flight at a time per sample.
     """
     rows = range(problem.rows) if rows is None else rows
-    values = problem.values(batch)
+    values = whole(problem.values(batch))
     blocks = blocks_for(problem, batch[0].shape[0], len(rows), into)
     for index, leaf in enumerate(problem.leaves):
         flat = blocks[index].reshape(batch[0].shape[0], len(rows), leaf.size)
@@ -97,7 +98,7 @@ def _only(function: Callable[..., Tensor], values: Sequence[Tensor], index: int)
 
 def vjp(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sample_params: bool = True) -> list[Tensor]:
     """Each chunk of columns is contracted with the cotangents as it comes: the Jacobian is never held."""
-    values = problem.values(batch)
+    values = whole(problem.values(batch))
     k, size = cotangents.shape[:2]
     found = []
     for index, leaf in enumerate(problem.leaves):

@@ -20,6 +20,7 @@ from jacray_workers.kernels.common import (
     per_sample,
     sample_function,
     spans,
+    whole,
 )
 from jacray_workers.problem.problem import Problem
 
@@ -111,7 +112,7 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
 
     One tangent for all samples of a parameter, expanded over B, is used as one: its product is then one matrix product.
     """
-    values = problem.values(batch)
+    values = whole(problem.values(batch))
     shared = [not per_sample(leaf) and v.stride(1) == 0 for leaf, v in zip(problem.leaves, tangents, strict=True)]
     handed = [v[:, 0] if alike else v for v, alike in zip(tangents, shared, strict=True)]
 

@@ -17,6 +17,8 @@ from jacray_workers.request import Request, budget_bytes
 
 # Output rows that a trial computes at the most, where a method can compute some of them alone.
 TRIAL_ROWS = 64
+# What vectors in flight may take of the budget, in methods that choose how many to take at a time.
+WORKSPACE_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)

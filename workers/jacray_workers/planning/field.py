@@ -136,7 +136,7 @@ def _measured(case: Case, candidate: Candidate, batch: list[Tensor], blocks: lis
     if size > 1:
         peaks.append((size, memory.measure(run, problem.device)))
     line = memory.fit(peaks)
-    seconds, gap = _race(case, kernel, candidate)
+    seconds, gap = _race(case, kernel, candidate, line)
     if case.known is not None and gap > trial.AGREEMENT[case.known.dtype]:
         why = f"disagrees with plain autograd, among more samples, by {gap:.1e} of the size of the result"
         return Tried(dataclasses.replace(candidate, refused=why))
@@ -210,7 +210,7 @@ def _disagreement(case: Case, found: list[Tensor], known: trial.Reference | None
     return max(pushed, pulled)
 
 
-def _race(case: Case, kernel: Any, candidate: Candidate) -> tuple[float, float]:
+def _race(case: Case, kernel: Any, candidate: Candidate, line: memory.Line) -> tuple[float, float]:
     """Seconds for the whole job, from a run on as many samples and rows as a trial may take, and its disagreement."""
     problem = case.problem
     allowed = max(TRIAL_SECONDS, TRIAL_SHARE * candidate.seconds)
@@ -219,6 +219,7 @@ def _race(case: Case, kernel: Any, candidate: Candidate) -> tuple[float, float]:
     share = len(rows) / problem.rows if problem.rows and by_rows(case, candidate) else 1.0
     heavy = max(1, len(rows) * sum(leaf.size for leaf in problem.leaves) * problem.dtype.itemsize)
     count = max(1, min(case.samples, 64, int(allowed / (per_sample * share)), case.budget // (8 * heavy)))
+    count = max(1, min(count, line.fit_in(case.budget // 3)))
     if case.alone and candidate.method == "backward_loop":
         count = 1
     batch = trial.first_samples(problem, case.leaves, count)

@@ -106,7 +106,8 @@ def _extreme(leaves: Sequence[Tensor]) -> int:
     """The sample that holds the largest number; the first where that takes too long to find."""
     best, found = -1.0, 0
     for leaf in leaves:
-        if leaf.is_floating_point() and 0 < leaf.numel() <= SCANNED:
+        # Inputs that are read from a file by range are not read whole for this.
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and 0 < leaf.numel() <= SCANNED:
             sizes = leaf.detach().abs().reshape(leaf.shape[0], -1).amax(dim=1).nan_to_num(nan=0.0, posinf=0.0)
             largest, at = sizes.max(dim=0)
             if float(largest) > best:

@@ -21,6 +21,8 @@ from jacray_workers.planning.watching import Watcher
 SAFE_SHARE = 0.5
 # The fit sees tensors, not the workspaces inside kernels or the allocator's slack.
 SLACK = 1.25
+# Kernels that copy what they take and what they make into a layout of their own.
+_COPYING = frozenset((torch.ops.aten.convolution, torch.ops.aten.convolution_backward))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -69,9 +71,12 @@ class _Watch(Watcher):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if type(tensor) is Tensor:
-                self._see(tensor)
+        made = [t for t in (result if isinstance(result, tuple | list) else (result,)) if type(t) is Tensor]
+        for tensor in made:
+            self._see(tensor)
+        if getattr(func, "_overloadpacket", None) in _COPYING:
+            given = [t for t in args if isinstance(t, Tensor)]
+            self.peak = max(self.peak, self.live + sum(t.nbytes for t in (*given, *made)))
         return result
 
     def _see(self, tensor: Tensor) -> None:

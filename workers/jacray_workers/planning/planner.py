@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jacray_workers import products
 from jacray_workers.errors import MethodError, ModelError, Plain
+from jacray_workers.kernels import forward
 from jacray_workers.plan import ArrayPlan, Plan
 from jacray_workers.planning import memory, pricing, sizing, trial
 from jacray_workers.planning.case import Case, Tried, budget_of, directions, trial_rows
@@ -189,13 +190,24 @@ def _banded(case: Case, best: Tried) -> tuple[memory.Line, int]:
     problem = case.problem
     line, total = best.line or memory.Line(0, 0), problem.rows
     seen = len(case.rows)
-    if case.work != "jacobian" or best.candidate.method in ("chain", "forward") or seen >= total:
+    if case.work == "jacobian" and best.candidate.method == "forward":
+        return _tangents(case, line)
+    if case.work != "jacobian" or best.candidate.method == "chain" or seen >= total:
         return line, max(total, 1)
     whole = memory.Line(line.base, line.slope * total / seen)
     if whole.fit_in(case.budget // 2) >= 1 or seen == 0 or not products.separable(problem, case.request):
         return whole, total
     rows = max(1, int(seen * (case.budget // 4) / max(line.at(1), 1)))
     return memory.Line(line.base, line.slope * rows / seen), min(rows, total)
+
+
+def _tangents(case: Case, line: memory.Line) -> tuple[memory.Line, int]:
+    """The line of `forward` and its tangents in flight: as many as it was tried with, or what the budget takes."""
+    tried = min(forward.WIDTH, max(leaf.size for leaf in case.problem.leaves))
+    if tried <= 1 or line.fit_in(case.budget // 2) >= 1:
+        return line, max(tried, 1)
+    width = max(1, min(tried, int(tried * (case.budget // 4) / max(line.at(1), 1))))
+    return memory.Line(line.base * width / tried, line.slope * width / tried), width
 
 
 def _reason(case: Case, field: Sequence[Tried], best: Tried) -> str:
