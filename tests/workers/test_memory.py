@@ -203,10 +203,8 @@ class Pairs(nn.Module):
 def test_forward_takes_no_more_of_a_batch_than_a_chunk() -> None:
     """torch gives a tangent the memory of its primal's storage, which for a slice is the whole batch."""
     net, x = nn.Linear(32, 4), torch.randn(4096, 32)
-    request = make_request(method="forward", chunk_size=8)
-
-    def peak(batch: Tensor, shard: Shard) -> int:
-        prepared = prepare(net, batch, request)
-        return memory.measure(lambda: run_shard(prepared, shard), torch.device("cpu"))
-
-    assert peak(x, Shard(0, 2048, 2056)) < 1.5 * peak(x[:8].clone(), Shard(0, 0, 8))
+    prepared = prepare(net, x, make_request(method="forward", chunk_size=8))
+    shard = Shard(0, 2048, 2056)
+    run_shard(prepared, shard)
+    # 32 tangents of 8 samples of 32 numbers, a few times over; the batch's storage for each would be 500 times that.
+    assert memory.measure(lambda: run_shard(prepared, shard), torch.device("cpu")) < 64 * 32 * 8 * 32 * 4

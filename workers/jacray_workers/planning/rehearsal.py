@@ -37,7 +37,8 @@ def rehearse(prepared: Prepared) -> Plan:
         BudgetError: not even one sample, or not the chunk that was asked for, keeps within; names both figures.
     """
     plan = prepared.plan
-    if plan.peak_bytes <= NEAR * plan.budget_bytes:
+    # Where one sample is cut into shards there is no smaller chunk to go to.
+    if plan.peak_bytes <= NEAR * plan.budget_bytes or plan.row_cuts:
         return plan
     per_sample = _kept_per_sample(plan)
     resident = Resident()
