@@ -40,9 +40,9 @@ def jacobian(
         training: the mode.
         seed: set before every call of the model.
     """
-    twin = _double(model, training)
     samples = next(leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
-    parts = [_one(twin, _sample(inputs, i), wrt, spread, seed) for i in range(samples)]
+    # A twin for each sample: what a model keeps from one call is not there in the next.
+    parts = [_one(_double(model, training), _sample(inputs, i), wrt, spread, seed) for i in range(samples)]
     specs = {str(pytree.tree_structure(part, is_leaf=_is_none)) for part in parts}
     assert len(specs) == 1, specs
     return pytree.tree_map(_cat, parts[0], *parts[1:], is_leaf=_is_none)
@@ -50,11 +50,10 @@ def jacobian(
 
 def outputs(model: Any, inputs: Any, *, spread: bool = True, training: bool = False, seed: int | None = None) -> Any:
     """What the model returns for each sample alone, in float64; None for what is not floating point."""
-    twin = _double(model, training)
     samples = next(leaf.shape[0] for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
     found = []
     for i in range(samples):
-        y = _call(twin, pytree.tree_map(_clone, _sample(inputs, i)), spread, seed)
+        y = _call(_double(model, training), pytree.tree_map(_clone, _sample(inputs, i)), spread, seed)
         found.append(pytree.tree_map(lambda t: t.detach() if _is_float(t) else None, y))
     return pytree.tree_map(_cat, found[0], *found[1:], is_leaf=_is_none)
 

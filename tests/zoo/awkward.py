@@ -118,7 +118,7 @@ def custom_function_vmap():
     return Custom(CubeVmap), torch.randn(3, 4)
 
 
-@entry("awkward", defeats=VMAP)
+@entry("awkward", defeats=(*VMAP, *BATCHED))
 def numpy_inside():
     """A custom function that calls numpy."""
     return Custom(NumpySine), torch.randn(3, 4)

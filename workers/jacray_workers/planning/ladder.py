@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def _outputs(problem: Problem, batch: Sequence[Tensor], start: int) -> Tensor:
         raise found from error
 
 
-def _extreme(leaves: Sequence[Tensor]) -> int:
+def _extreme(leaves: Sequence[Any]) -> int:
     """The sample that holds the largest number; the first where that takes too long to find."""
     best, found = -1.0, 0
     for leaf in leaves:
