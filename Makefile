@@ -26,7 +26,7 @@ USABLE := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))'
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-cluster zoo bench bench-service regret lint format wheel clean
+.PHONY: help demo test test-all chaos bench-jobs test-cluster zoo bench bench-service regret lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,12 @@ bench-service: $(DEV)  ## the service on loopback: latency, throughput with and 
 
 regret: $(DEV)  ## how far the planner's choice is from the best method, on the benchmark's nets
 	$(BIN)/python -m benchmarks.regret
+
+chaos: $(DEV)  ## every fault many times, counted: workers, coordinator, node, disk, Ctrl-C (an hour or so)
+	$(BIN)/python -m tests.chaos
+
+bench-jobs: $(DEV)  ## what dispatch costs: per shard, on Ray beside one process, two workers beside one
+	$(BIN)/python -m benchmarks.jobs
 
 zoo: $(DEV)  ## the table of models and methods, each against a brute-force reference (some minutes)
 	$(BIN)/python -m tests.zoo.table

@@ -1,0 +1,86 @@
+"""Every fault, many times, counted: `python -m tests.chaos [--seeds 20] [--shards 200] [--only NAME]`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jacray
+from rich.console import Console
+from rich.table import Table
+
+from tests.chaos import faults, nodes
+from tests.chaos.ground import Ground, Verdict
+
+Fault = Callable[[Ground, int], Verdict]
+
+
+def all_faults(client: jacray.Client) -> dict[str, Fault]:
+    """By name; those that kill the coordinator's process compute without Ray, the last ones with one of their own."""
+    on_workers = [
+        faults.workers_killed, faults.workers_die, faults.worker_hangs, faults.memory_runs_out, faults.poisoned,
+        faults.cancelled, faults.scaled,
+    ]  # fmt: skip
+
+    def with_client(fault: Callable[[Ground, jacray.Client, int], Verdict]) -> Fault:
+        return lambda ground, seed: fault(ground, client, seed)
+
+    found: dict[str, Fault] = {fault.__name__: with_client(fault) for fault in on_workers}
+    found |= {
+        "coordinator_killed": faults.coordinator_killed,
+        "block_truncated": faults.block_truncated,
+        "interrupted_once": faults.interrupted,
+        "interrupted_twice": functools.partial(faults.interrupted, times=2),
+        "disk_full": faults.disk_full,
+        "disk_read_only": faults.disk_read_only,
+    }
+    return found
+
+
+def rows(seeds: int, shards: int, only: str | None) -> Iterator[tuple[str, list[Verdict]]]:
+    """Each fault's verdicts."""
+    folder = Path(tempfile.mkdtemp(prefix="jacray-chaos-"))
+    mounts = faults.can_mount(folder / "probe")
+    try:
+        with jacray.Client("local", workers=2, shard_size=4, shard_timeout=10) as client:
+            for name, fault in all_faults(client).items():
+                if only in (None, name) and (mounts or not name.startswith("disk")):
+                    yield name, [fault(Ground(folder / f"{name}-{seed}", shards), seed) for seed in range(seeds)]
+        if only in (None, "node_killed"):
+            # The first one leaves this process's Ray before a cluster of several nodes is made.
+            yield (
+                "node_killed",
+                [nodes.node_killed(Ground(folder / f"node-{seed}", shards, 0.05), seed) for seed in (0, 1)],
+            )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    """Print the table; 1 where something is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--shards", type=int, default=200)
+    parser.add_argument("--only")
+    given = parser.parse_args()
+    table = Table("fault", "runs", "injected", "retries", "kept", "seconds", "wrong")
+    wrong = 0
+    for name, verdicts in rows(given.seeds, given.shards, given.only):
+        found = [fault for verdict in verdicts for fault in verdict.faults]
+        wrong += len(found)
+        counts = [
+            len(verdicts), *(sum(getattr(v, what) for v in verdicts) for what in ("injected", "retries", "kept"))
+        ]  # fmt: skip
+        table.add_row(name, *map(str, counts), f"{sum(v.seconds for v in verdicts):.0f}", "; ".join(found) or "nothing")
+        print(f"{name}: {len(verdicts)} runs, {found or 'nothing wrong'}", file=sys.stderr, flush=True)  # noqa: T201
+    Console().print(table)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
