@@ -13,7 +13,7 @@ import time
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
-from jacray_workers.errors import JacrayError, Plain, ShardError, StorageError
+from jacray_workers.errors import BudgetError, JacrayError, ModelError, Plain, ShardError, StorageError
 
 from jacray.executors.base import Begun, Done, Failed, Retried, Step, Task, samples_of, was_cancelled
 from jacray.executors.lane import Lane, Shares, Try
@@ -223,7 +223,7 @@ class Dispatch:
         if reply.result is not None:
             return Done(reply.result, str(flight.seat), item.attempt)
         error = _error(reply, flight)
-        if isinstance(error, JacrayError) or item.attempt >= RAISES:
+        if not _may_pass(error) or item.attempt >= RAISES:
             return Failed(item.shard, error, item.attempt, str(flight.seat))
         flight.lane.again.append(Try(item.shard, item.attempt + 1, flight.seat.place, item.halvings))
         return Retried(item.shard, item.attempt, f"{type(error).__name__}: {error}")
@@ -255,12 +255,17 @@ def _or_raise(step: Step | Exception) -> Step:
     return step
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether another try may end otherwise: what the model raised, or memory that others held at the time."""
+    return not isinstance(error, JacrayError) or type(error) in (ModelError, BudgetError)
+
+
 def _error(reply: Reply, flight: _Flight) -> Exception:
     error = reply.error or ShardError(f"{flight.seat} gave an empty reply")
     if isinstance(error, OSError) and error.errno in _STORAGE:
         error = storage_error(error)
     error.__cause__ = WorkerTraceback(reply.trace)
-    if not isinstance(error, JacrayError):
+    if not isinstance(error, StorageError):
         error.add_note(f"while computing {samples_of(flight.item.shard)}")
     return error
 

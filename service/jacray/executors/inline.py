@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 
 from jacray_workers.engine import prepare
-from jacray_workers.errors import JacrayError
+from jacray_workers.errors import StorageError
 from jacray_workers.plan import Shard
 
 from jacray.executors.base import Begun, Done, Failed, Into, Payload, Step, Task, samples_of, was_cancelled
@@ -77,6 +77,6 @@ class InlineExecutor:
             except Exception as error:  # noqa: BLE001  (what the job does about it is for its driver to say)
                 if task.cancelled.is_set():
                     raise was_cancelled(task) from None
-                if not isinstance(error, JacrayError):
+                if not isinstance(error, StorageError):
                     error.add_note(f"while computing {samples_of(shard)}")
                 return Failed(shard, error, 1, self.name)
