@@ -35,7 +35,8 @@ class JobFolder:
 
     def clear(self) -> None:
         """Take away what an earlier attempt left."""
-        self.receipt.unlink(missing_ok=True)
+        for left in (self.receipt, *self.path.glob("journal.sqlite*")):
+            left.unlink(missing_ok=True)
         shutil.rmtree(self.results, ignore_errors=True)
 
     def finish(self, result: Result) -> None:

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jacray_workers.errors import BudgetError, JacrayError, JobError, Plain
+from jacray_workers.errors import BudgetError, JacrayError, JobError, Plain, StorageError
 from jacray_workers.planning.explain import size
 from jacray_workers.request import Request, make_request
 
@@ -96,10 +96,20 @@ class Runner:
         model = build_model(asked.model, Path(self.told["base"]), tuple(self.told["import_prefixes"]))
         request = bounded(asked.request, self.told["memory_bytes"])
         folder = JobFolder(Path(head["folder"]))
-        folder.clear()
-        job = self.client.submit(
-            model, asked.inputs, request=_explicit(request), to=folder.path.absolute(), user=head["user"]
-        )
+
+        def submit() -> Job:
+            return self.client.submit(
+                model, asked.inputs, request=_explicit(request), to=folder.path.absolute(), user=head["user"]
+            )
+
+        try:
+            job = submit()  # goes on from the shards that an attempt before this one has finished
+        except (StorageError, JobError) as error:
+            if not folder.results.exists():
+                raise
+            logger.warning("job %s starts afresh: %s", head["job"], error)
+            folder.clear()
+            job = submit()
         with self._lock:
             self._jobs[head["job"]] = job
             ended = head["job"] in self._ended

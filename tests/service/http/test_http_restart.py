@@ -121,6 +121,7 @@ def test_a_killed_runner_costs_its_jobs_nothing_but_time(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_twenty_kills_lose_nothing(tmp_path: Path) -> None:
     server = Server(tmp_path / "state", ("--workers", "1")).start()
     port, keys = server.port, [f"job-{i}" for i in range(20)]
