@@ -140,7 +140,7 @@ def main() -> None:
     empty_shards(10_000)
     empty_shards(100_000)
     planning(10_000_000)
-    on_ray(6144)
+    on_ray(20_000)
 
 
 if __name__ == "__main__":
