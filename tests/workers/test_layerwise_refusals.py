@@ -75,7 +75,6 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "samples change places": (lambda s, x: s.l(x.flip(0)).flip(0), "change places"),
     "matrix between samples": (lambda s, x: s.l(x @ x.T @ x), "depend on each other"),
     "parameter overwritten": (overwritten, "overwritten"),
-    "made in an earlier pass": (kept_from_before, "none of its inputs"),
     "samples one by one": (lambda s, x: torch.stack([s.l(row) for row in x]), "other functions"),
     "statistics of the batch": (batch_norm, "batch|depend"),
     "renormalised table": (lambda s, x: F.embedding((x > 0).long(), s.l.weight, max_norm=1.0).sum(1), "overwritten"),
@@ -118,3 +117,18 @@ def test_gradients_of_its_own_are_fine_without_parameters() -> None:
     with problem.session():
         (found,) = layerwise.jacobian(problem, batch)
     assert torch.allclose(found, torch.diag_embed(6 * batch[0]))
+
+
+def test_what_an_earlier_pass_kept_is_made_anew_in_every_pass() -> None:
+    """A parameter's use that only the first pass would see: every pass starts from what the session found."""
+    torch.manual_seed(0)
+    model = Use(kept_from_before, l=lin(4, 4)())
+    x = torch.randn(4, 4)
+    problem, batch = problem_of(model, x)
+    with problem.session():
+        found = layerwise.jacobian(problem, batch)
+    expected = torch.einsum("oi,bj->boij", 2 * torch.eye(4), x)
+    for leaf, block in zip(problem.leaves, found, strict=True):
+        right = expected if leaf.shape == (4, 4) else torch.zeros(4, 4, *leaf.shape)
+        torch.testing.assert_close(torch.as_tensor(block).reshape(right.shape).float(), right)
+    assert not hasattr(model, "scaled")
