@@ -14,8 +14,11 @@ import click
 MISTAKE, FAULT, INTERRUPTED = 1, 2, 130
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what is left of the work in words."""
+class Interrupted(BaseException):
+    """Ctrl-C, with what is left of the work in words.
+
+    No `KeyboardInterrupt`: click makes an `Abort` of those, and the words would be lost.
+    """
 
 
 def guarded(command: Callable[[], Any], *, debug: bool) -> int:

@@ -40,4 +40,5 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # Once stopping, the second signal may also come while the process takes leave: it still ends it at once.
+            signal.signal(number, signal.SIG_DFL if heard else handler)
