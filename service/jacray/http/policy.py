@@ -22,7 +22,7 @@ Find = Callable[[str, str], Path]
 """The file of an upload, by its digest; the second argument is the key that names it, for errors."""
 _PLAIN_INPUTS = ("random", "digits", "sklearn", "inline")
 _FILE_INPUTS = ("npy", "npz", "safetensors", "csv", "zarr", "parquet", "datasets", "images")
-_MODELS = ("layers", "function", "graph", "import")
+MODELS = ("layers", "function", "graph", "import", "huggingface", "timm", "torchvision")
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Policy:
         if set(found) == {"digest"}:
             return self._uploaded(found["digest"]), key
         kind = found.get("kind")
-        if kind not in _MODELS:
-            allowed = f"must be one of {', '.join(_MODELS)} over HTTP"
-            raise ModelError("model.kind", allowed, kind, nearest(str(kind), _MODELS))
+        if kind not in MODELS:
+            allowed = f"must be one of {', '.join(MODELS)} over HTTP"
+            raise ModelError("model.kind", allowed, kind, nearest(str(kind), MODELS))
         spec = dict(found)
         if kind == "import":
             self._check_import(spec)

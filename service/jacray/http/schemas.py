@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jacray.http.policy import MODELS
+
 _TEXT: Mapping[str, Any] = {"type": "string"}
 _WHOLE: Mapping[str, Any] = {"type": "integer"}
 _NUMBER: Mapping[str, Any] = {"type": "number"}
@@ -59,7 +61,7 @@ WORK: Mapping[str, Any] = {
             "model": {
                 "type": "object",
                 "description": 'a model spec, or {"digest": "sha256:..."} of an uploaded model',
-                "properties": {"kind": {"enum": ["layers", "function", "graph", "import"]}, "digest": DIGEST},
+                "properties": {"kind": {"enum": list(MODELS)}, "digest": DIGEST},
             },
             "inputs": {
                 "type": ["array", "object"],

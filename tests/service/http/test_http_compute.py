@@ -109,6 +109,7 @@ def test_nan_in_json_is_a_text(server: Server) -> None:
         ({"model": {"kind": "layres", "layers": []}}, "model.kind", "must be one of"),
         ({"model": {"kind": "import", "target": "os:system"}}, "model.kind", "may not be import"),
         ({"model": {**NET, "weights": "/etc/passwd"}}, "model.weights", "may not name a file of the service"),
+        ({"model": {"kind": "huggingface", "path": "/etc"}}, "model.path", "may not name a file of the service"),
         ({"inputs": {"kind": "npy", "path": "/etc/passwd"}}, "inputs.path", "may not name a file of the service"),
         ({"inputs": {"kind": "npy", "path": "sha256:" + "0" * 64}}, "inputs.path", "names no upload of yours"),
         ({"inputs": {"file": "/etc/passwd"}}, "inputs.file", "must be a number"),
