@@ -52,10 +52,15 @@ def rows(seeds: int, shards: int, only: str | None) -> Iterator[tuple[str, list[
                 if only in (None, name) and (mounts or not name.startswith("disk")):
                     yield name, [fault(Ground(folder / f"{name}-{seed}", shards), seed) for seed in range(seeds)]
         if only in (None, "node_killed"):
-            # The first one leaves this process's Ray before a cluster of several nodes is made.
+            # The first one leaves this process's Ray before a cluster of several nodes is made. Long enough for the
+            # late node to come.
+            longer = max(shards, 100)
             yield (
                 "node_killed",
-                [nodes.node_killed(Ground(folder / f"node-{seed}", shards, 0.05), seed) for seed in (0, 1)],
+                [
+                    nodes.node_killed(Ground(folder / f"node-{seed}", longer, 0.05), seed)
+                    for seed in range(min(2, seeds))
+                ],
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-import threading
 
 import jacray
+from jacray.journal import Journal
 
 from tests.chaos.ground import FIELDS, Ground, Verdict, judge
 
@@ -31,13 +32,23 @@ def node_killed(ground: Ground, seed: int) -> Verdict:
             job = client.submit(ground.model(), ground.inputs, to=ground.run, **FIELDS)
             wait_for(job, random.Random(seed).randrange(5, ground.shards // 3))
             cluster.remove_node(victim, allow_graceful=False)
-            late = threading.Timer(3.0, lambda: cluster.add_node(num_cpus=1))
-            late.start()
+            # By now on the worker that is left: the other one's place stays empty until there is a node for it.
+            wait_for(job, job.status().shards_done + 3)
+            cluster.add_node(num_cpus=1)
             job.result(timeout=250)
-            late.join()
-        return judge(ground, 1)
+        verdict = judge(ground, 1)
+        # The head has one CPU, so what was hired after the loss can only be on the node that came late.
+        hired = len(_workers(ground))
+        faults = [] if hired == 3 else [f"{hired} workers computed, and not two, and one on the node that came late"]
+        return dataclasses.replace(verdict, faults=(*verdict.faults, *faults))
     finally:
         cluster.shutdown()
+
+
+def _workers(ground: Ground) -> set[str]:
+    """Who computed shards, by the journal."""
+    with Journal(ground.run / "journal.sqlite", read_only=True) as journal:
+        return {row.worker for row in journal.shards(journal.jobs()[0].id)}
 
 
 def _address(cluster: object) -> str:

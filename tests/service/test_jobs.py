@@ -304,6 +304,8 @@ def test_an_exception_in_the_block_cancels_what_runs(tmp_path: Path, monkeypatch
     [
         ({"address": "locl"}, "inline, local, auto, ray://HOST:PORT; got 'locl'. did you mean local?"),
         ({"address": "ftp://127.0.0.1:8765"}, "address: must be one of"),
+        ({"address": "http://"}, "address: must be http://HOST:PORT or https://HOST:PORT; got 'http://'"),
+        ({"address": "http://127.0.0.1:876500"}, "address: must be http://HOST:PORT"),
         ({"address": "inline", "workers": 0}, "workers: must be a whole number, at least 1; got 0"),
         ({"address": "inline", "cpus_per_worker": 0}, "cpus_per_worker: must be above 0"),
         ({"address": "inline", "gpus_per_worker": -1}, "gpus_per_worker: must be 0 or more"),

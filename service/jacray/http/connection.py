@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 from jacray_workers.errors import FaultError, JobError, Plain, RequestError
 
@@ -42,11 +42,9 @@ class Connections:
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 300.0, retries: int = 5) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RequestError("address", "must be http://HOST:PORT or https://HOST:PORT", url)
+        parts = _split(url)
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
-        self._host, self._port, self._tls = parts.hostname, parts.port, parts.scheme == "https"
+        self._host, self._port, self._tls = parts.hostname or "", parts.port, parts.scheme == "https"
         self._path = parts.path.rstrip("/")
         found = token or os.environ.get(TOKEN)
         self._headers = {"Authorization": f"Bearer {found}"} if found else {}
@@ -213,6 +211,16 @@ class _Again(Exception):  # noqa: N818 - it is a message to the loop, not an err
     def __init__(self, error: Exception, after: float = 0.0) -> None:
         super().__init__(str(error))
         self.error, self.after = error, after
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0):
+            return parts
+    except ValueError:  # a port that is no number or too large, or brackets that do not close
+        pass
+    raise RequestError("address", "must be http://HOST:PORT or https://HOST:PORT", url)
 
 
 def _gone(connection: http.client.HTTPConnection) -> bool:
