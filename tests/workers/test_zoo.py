@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from jacray_workers.kernels import NAMES, lacks
-from jacray_workers.planning import field
+from jacray_workers.planning import race
 from torch.utils import _pytree as pytree
 
 from tests import reference
@@ -70,7 +70,7 @@ def parameters(quick):
 def short_trials():
     """How fast a method is does not matter here, so no time is spent on finding out."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(field, "TRIAL_SECONDS", 0.0)
+        patch.setattr(race, "TRIAL_SECONDS", 0.0)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         yield

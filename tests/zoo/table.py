@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from jacray_workers.errors import JacrayError, UserError
 from jacray_workers.kernels import NAMES
-from jacray_workers.planning import field
+from jacray_workers.planning import race
 from torch.utils import _pytree as pytree
 
 from tests import reference
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = [e for e in ENTRIES.values() if _asked(e, options.names) and not (options.quick and e.slow)]
     methods = tuple(options.methods.split(","))
-    field.TRIAL_SECONDS = TRIAL_SECONDS
+    race.TRIAL_SECONDS = TRIAL_SECONDS
     _say(f"{'model':<26}{'wrt':<30}" + "".join(f"{m:>15}" for m in methods))
     cells: list[tuple[Bench, Cell]] = []
     began = time.monotonic()

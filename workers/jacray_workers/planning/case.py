@@ -17,6 +17,8 @@ from jacray_workers.request import Request, budget_bytes
 
 # Output rows that a trial computes at the most, where a method can compute some of them alone.
 TRIAL_ROWS = 64
+# Bytes that those rows of one sample take at the most.
+TRIAL_BYTES = 1 << 26
 # What vectors in flight may take of the budget, in methods that choose how many to take at a time.
 WORKSPACE_SHARE = 1 / 8
 
@@ -61,7 +63,8 @@ class Case:
 class Tried:
     """A candidate with what its trial showed; `line` is None where it was refused or not tried.
 
-    `factored` says which leaves' blocks stay factors, and `factor_bytes` how many bytes those take for one sample.
+    `factored` says which leaves' blocks stay factors, `factor_bytes` how many bytes those take for one
+    sample; `count` and `rows` are the samples and rows that it was timed on.
     """
 
     candidate: Candidate
@@ -69,6 +72,8 @@ class Tried:
     factored: tuple[bool, ...] = ()
     cuts: tuple[str, ...] = ()
     factor_bytes: float = 0.0
+    count: int = 0
+    rows: range = range(0)
 
 
 def directions(problem: Problem, request: Request, ks: Directions | None, vs: Directions | None) -> int:
@@ -91,4 +96,4 @@ def trial_rows(problem: Problem, work: str, budget: int) -> range:
     if work != "jacobian":
         return range(problem.rows)
     row = sum(leaf.size for leaf in problem.leaves) * problem.dtype.itemsize * 2
-    return range(min(problem.rows, max(1, min(TRIAL_ROWS, budget // (8 * max(row, 1))))))
+    return range(min(problem.rows, max(1, min(TRIAL_ROWS, min(budget // 8, 2 * TRIAL_BYTES) // max(row, 1)))))

@@ -213,7 +213,7 @@ def _tangents(case: Case, line: memory.Line) -> tuple[memory.Line, int]:
 def _reason(case: Case, field: Sequence[Tried], best: Tried) -> str:
     if case.request.method != "auto":
         return "asked for"
-    others = [t for t in field if t.line is not None and t is not best]
+    others = [t for t in field if t.candidate.measured and t is not best]
     if not others:
         return "the only method that serves this work within reach"
     second = min(others, key=lambda t: t.candidate.seconds).candidate

@@ -20,7 +20,7 @@ from jacray_workers.problem.problem import Problem
 VMAP_ARITHMETIC = 1.5
 VMAP_LAUNCHES = 4.0
 # A first call may take this many times what a trial may take and still be followed by a second.
-FIRST_CALL = 8
+FIRST_CALL = 3
 
 
 @dataclass(frozen=True)

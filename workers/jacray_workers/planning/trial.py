@@ -17,6 +17,7 @@ from jacray_workers.kernels.common import per_sample
 from jacray_workers.planning.memory import out_of_memory
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.resolve import place
+from jacray_workers.trust.evidence import largest
 from jacray_workers.trust.projection import size_of
 from jacray_workers.trust.reference import generator, normal, points
 from jacray_workers.trust.slope import slope
@@ -71,12 +72,21 @@ def disagreement(found: Sequence[Tensor], known: Reference) -> float:
     """
     gaps = []
     for block, grad in zip(found, known.grads, strict=True):
-        dense = (block.dense() if hasattr(block, "dense") else block).double()
-        u = known.cotangent[0, :, : dense.shape[1]].double()
+        dense = block.dense() if hasattr(block, "dense") else block
+        u = known.cotangent[0, :, : dense.shape[1]]
         # The terms of the sum may be larger than the sum: their cancellation is not disagreement.
-        terms = float(dense.abs().amax() * u.abs().amax()) if dense.numel() else 0.0
-        gaps.append(_gap(torch.einsum("br,br...->b...", u, dense), grad[0].double(), terms))
+        terms = largest(dense) * largest(u) if dense.numel() else 0.0
+        gaps.append(_gap(_projected(u, dense, terms), grad[0], terms))
     return _worst(gaps, known.dtype)
+
+
+def _projected(u: Tensor, dense: Tensor, terms: float) -> Tensor:
+    """u^T J per sample: in the block's own precision where that is single and has room, for float64 copies are dear."""
+    roomy = dense.dtype == torch.float32 and dense.device.type == "cpu" and terms < torch.finfo(torch.float32).max / 128
+    dtype = torch.float32 if roomy else torch.float64
+    size, rows = dense.shape[:2]
+    flat = dense.to(dtype).reshape(size, rows, math.prod(dense.shape[2:]))
+    return torch.bmm(u.to(dtype)[:, None], flat).reshape(size, *dense.shape[2:])
 
 
 def vjp_disagreement(problem: Problem, found: Sequence[Tensor], known: Reference) -> float:
@@ -99,13 +109,16 @@ def jvp_disagreement(pushed: Tensor, known: Reference) -> float:
 
 def _gap(a: Tensor, b: Tensor, terms: float) -> tuple[float, float]:
     """max|a - b| where plain autograd's b is finite, and the size that both have."""
-    finite = torch.isfinite(b)
-    a, b = a[finite], b[finite]
+    a, b = (a, b) if a.dtype == b.dtype == torch.float32 else (a.double(), b.double())
+    if b.numel() and not math.isfinite(largest(b)):
+        finite = torch.isfinite(b)
+        a, b = a[finite], b[finite]
     if a.numel() == 0:
         return 0.0, 0.0
-    if not bool(torch.isfinite(a).all()):
+    distance = largest(a - b)
+    if not math.isfinite(distance):
         return float("inf"), 1.0
-    return float((a - b).abs().amax()), max(float(b.abs().amax()), terms if math.isfinite(terms) else 0.0)
+    return distance, max(largest(b), terms if math.isfinite(terms) else 0.0)
 
 
 def _worst(gaps: Sequence[tuple[float, float]], dtype: torch.dtype) -> float:
