@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -186,9 +187,17 @@ def interrupted(ground: Ground, seed: int, times: int = 1) -> Verdict:
 
 def disk_full(ground: Ground, seed: int) -> Verdict:
     """A disk that fills up in the middle: one message, and the same command goes on when there is room."""
-    with _small_disk(ground.run, "900k"):
-        stopped = ground.finish()
-        return _after_storage(ground, stopped, ["mount", "-o", "remount,size=64m", str(ground.run)])
+    with _small_disk(ground.run):
+        process = ground.start()
+        ground.wait_for(ground.shards // 4, process)
+        ballast = ground.run / "ballast"
+        room = shutil.disk_usage(ground.run).free
+        # Some pages are left, so that it is full at another file each time.
+        with contextlib.suppress(OSError):
+            ballast.write_bytes(bytes(max(0, room - random.Random(seed).randrange(16) * 4096)))
+        out, err = process.communicate(timeout=100)
+        stopped = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return _after_storage(ground, stopped, ["rm", str(ballast)])
 
 
 def disk_read_only(ground: Ground, seed: int) -> Verdict:
@@ -219,9 +228,9 @@ def can_mount(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _small_disk(folder: Path, size: str) -> Iterator[None]:
+def _small_disk(folder: Path) -> Iterator[None]:
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], check=True)
     try:
         yield
     finally:
