@@ -256,7 +256,9 @@ def tesseract_peer(rows: dict[str, Any], port: int = 4950) -> None:
         (Path(folder) / "tesseract_api.py").write_text(TESSERACT, encoding="utf-8")
         variables = {**os.environ, "TESSERACT_API_PATH": f"{folder}/tesseract_api.py", "OMP_NUM_THREADS": "1"}
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": variables}
-        process = subprocess.Popen([str(command), "serve", "--host", "127.0.0.1", "--port", str(port)], **quiet)  # noqa: S603
+        process = subprocess.Popen(
+            [str(command), "serve", "--host", "127.0.0.1", "--port", str(port)], cwd=folder, **quiet
+        )  # noqa: S603
         try:
             peer = Tesseract.from_url(f"http://127.0.0.1:{port}")
             while True:
