@@ -256,9 +256,8 @@ def tesseract_peer(rows: dict[str, Any], port: int = 4950) -> None:
         (Path(folder) / "tesseract_api.py").write_text(TESSERACT, encoding="utf-8")
         variables = {**os.environ, "TESSERACT_API_PATH": f"{folder}/tesseract_api.py", "OMP_NUM_THREADS": "1"}
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": variables}
-        process = subprocess.Popen(
-            [str(command), "serve", "--host", "127.0.0.1", "--port", str(port)], cwd=folder, **quiet
-        )  # noqa: S603
+        words = [str(command), "serve", "--host", "127.0.0.1", "--port", str(port)]
+        process = subprocess.Popen(words, cwd=folder, **quiet)  # noqa: S603 - it writes its logs where it stands
         try:
             peer = Tesseract.from_url(f"http://127.0.0.1:{port}")
             while True:
