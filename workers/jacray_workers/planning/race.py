@@ -94,12 +94,16 @@ def rematch(case: Case, field: Sequence[Tried]) -> list[Tried]:
     """The same field, where those that came out close to the best have run again, one after the other in turns."""
     fast = min((t.candidate.seconds for t in field if t.line is not None), default=0.0)
     close = [t for t in field if t.line is not None and t.count and t.candidate.seconds <= CLOSE * fast]
-    if len(close) < 2:
+    limit = min(REMATCH_SECONDS, TRIAL_JOBS * fast)
+    # A turn of long runs is dear, and a busy moment weighs little on them.
+    if (
+        len(close) < 2
+        or sum(t.candidate.seconds / _whole(case, t.candidate, 1.0, t.count, t.rows) for t in close) > limit
+    ):
         return list(field)
     runs = {t.candidate.method: _again(case, t) for t in close}
     seconds = {t.candidate.method: t.candidate.seconds for t in close}
     began = time.perf_counter()
-    limit = min(REMATCH_SECONDS, TRIAL_JOBS * fast)
     for _ in range(TURNS):
         for t in close:
             took = pricing.once(runs[t.candidate.method], case.problem.device)
