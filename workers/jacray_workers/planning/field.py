@@ -19,8 +19,9 @@ from jacray_workers.planning.runner import keeps_factors, kept_as_factors, runne
 
 # Methods predicted to be slower than the best by more than this are priced but not tried.
 FIELD = 6.0
-# Once one method stands, trials of others begin only within this many seconds, or this many of its jobs.
-FIELD_SECONDS = 1.0
+# Once two methods stand, trials of others begin only within this many seconds, or this many of the best one's jobs.
+# Not once one does: the first trial of a process also loads what torch loads on first use, a second or more.
+FIELD_SECONDS = 2.0
 FIELD_JOBS = 2.0
 
 
@@ -34,7 +35,8 @@ def enter(case: Case) -> list[Tried]:
     best = fastest = math.inf
     began = time.perf_counter()
     for candidate in sorted((_predict(case, name) for name in names), key=lambda c: c.seconds):
-        late = best < math.inf and time.perf_counter() - began > max(FIELD_SECONDS, FIELD_JOBS * best)
+        standing = sum(tried.line is not None for tried in found)
+        late = standing >= 2 and time.perf_counter() - began > max(FIELD_SECONDS, FIELD_JOBS * best)
         hopeless = best < math.inf and candidate.seconds > FIELD * best
         tried = Tried(candidate) if candidate.refused or hopeless or late else _try(case, candidate, fastest)
         found.append(tried)

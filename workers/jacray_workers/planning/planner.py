@@ -215,7 +215,8 @@ def _reason(case: Case, field: Sequence[Tried], best: Tried) -> str:
         return "asked for"
     others = [t for t in field if t.candidate.measured and t is not best]
     if not others:
-        return "the only method that serves this work within reach"
+        untried = [t for t in field if not t.candidate.refused and t is not best]
+        return "priced far below the others" if untried else "the only method that serves this work within reach"
     second = min(others, key=lambda t: t.candidate.seconds).candidate
     factor = second.seconds / best.candidate.seconds if best.candidate.seconds else 1.0
     return f"fastest on the first samples, {factor:.1f} times as fast as {second.method}"
