@@ -16,6 +16,7 @@ from jacray_workers.kernels import NAMES
 from jacray_workers.planning import pricing
 from jacray_workers.problem.session import session
 from torch import nn
+from torch._dynamo import eval_frame
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.utils import parametrizations
 
@@ -242,6 +243,28 @@ def test_a_compiled_module_is_unwrapped_and_kept_compiled():
     assert type(model).__name__ == "OptimizedModule"
     with pytest.raises(BackendCompilerFailed, match="the module was compiled"):
         model(x)
+
+
+def test_sessions_that_overlap_give_the_compilers_stance_back():
+    stances = []
+    gates = [threading.Event() for _ in range(2)]
+
+    def hold(mine, other):
+        with session(nn.Linear(2, 2), training=False, tf32=False, seed=None):
+            mine.set()
+            other.wait(30)
+            stances.append(eval_frame._stance.stance)
+
+    before = eval_frame._stance.stance
+    first = threading.Thread(target=hold, args=gates)
+    second = threading.Thread(target=hold, args=gates[::-1])
+    first.start()
+    gates[0].wait(30)
+    second.start()
+    for thread in (first, second):
+        thread.join()
+    assert stances == ["force_eager"] * 2
+    assert eval_frame._stance.stance == before
 
 
 def test_data_parallel_is_unwrapped():

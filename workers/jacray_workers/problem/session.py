@@ -70,7 +70,7 @@ def _surroundings(tf32: bool, seed: int | None) -> contextlib.AbstractContextMan
         if torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, enabled=False))
     if "torch._dynamo" in sys.modules:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_COMPILED_RUNS_EAGER)
     return stack
 
 
@@ -163,6 +163,33 @@ class _FastPathOff(contextlib.AbstractContextManager[None]):
 
 
 _FAST_PATH_OFF = _FastPathOff()
+
+
+class _CompiledRunsEager(contextlib.AbstractContextManager[None]):
+    """Compiled functions inside a model run as they were written, for derivatives go through the operators they call.
+
+    The compiler's stance is one for the whole process too, so sessions of several threads take turns as above: each
+    giving back what it had found would leave the stance of another behind.
+    """
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._stance = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with _GUARD:
+            if self._open == 0:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._open += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with _GUARD:
+            self._open -= 1
+            if self._open == 0:
+                self._stance.close()
+
+
+_COMPILED_RUNS_EAGER = _CompiledRunsEager()
 
 
 @contextlib.contextmanager
