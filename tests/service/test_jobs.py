@@ -234,10 +234,12 @@ def test_functions_made_on_the_spot_travel(client: jacray.Client) -> None:
 def test_a_model_that_writes_into_its_parameters_finds_them_as_the_job_did(local_client: jacray.Client) -> None:
     model = Scales()
     given = model.linear.weight.detach().clone()
-    found = local_client.submit(model, X, method="backward_loop", verify=False).result(timeout=120).jacobian
     layer = nn.Linear(5, 3)
     layer.load_state_dict({"weight": 2 * given, "bias": model.linear.bias.detach()})
-    torch.testing.assert_close(found, jacray.jacobian(lambda x: torch.tanh(layer(x)), X))
+    expected = jacray.jacobian(lambda x: torch.tanh(layer(x)), X)
+    for _ in range(4):  # what one worker writes into memory that all share, another may read only now and then
+        found = local_client.submit(model, X, method="backward_loop", verify=False).result(timeout=120).jacobian
+        torch.testing.assert_close(found, expected)
     assert torch.equal(model.linear.weight, given)
 
 

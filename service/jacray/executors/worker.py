@@ -141,18 +141,39 @@ def versions() -> dict[str, str]:
 
 
 def _prepare(known: _Open) -> Prepared:
-    mark = fingerprint(known.packed)
+    """Prepare the task, on a copy of the model first.
+
+    Parameters lie in memory that other workers read. Whether the model writes into them shows only when it runs, and
+    what one worker puts there and back, another may have read in between. A model that writes keeps the copy.
+    """
+    payload = _opened(known.packed)
+    known.writer = writer_for(payload.target, payload.plan)
+    prepared = prepare(_own_memory(payload.model), payload.inputs, payload.request, plan=payload.plan)
+    if not prepared.problem.written:
+        shared = _opened(known.packed)
+        known.mark = fingerprint(known.packed)
+        prepared = prepare(shared.model, shared.inputs, shared.request, plan=shared.plan)
+    known.prepared = prepared
+    return prepared
+
+
+def _opened(packed: Packed) -> Payload:
     try:
-        payload: Payload = unpack(known.packed)
+        payload: Payload = unpack(packed)
     except Exception as error:
         raise ModelError(
             "model", f"must be importable on the workers, but raised {type(error).__name__}: {error}", None,
             "install the package that defines it there, or define it in the script itself",
         ) from error  # fmt: skip
-    known.writer = writer_for(payload.target, payload.plan)
-    known.prepared = prepare(payload.model, payload.inputs, payload.request, plan=payload.plan)
-    known.mark = mark
-    return known.prepared
+    return payload
+
+
+def _own_memory(model: Any) -> Any:
+    """The model with parameters and buffers in memory of this process."""
+    if isinstance(model, torch.nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _refuse_writes(known: _Open) -> None:
