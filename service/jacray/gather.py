@@ -156,5 +156,7 @@ class Gather:
         if where is None:
             return None
         if array.key not in self.whole:
-            self.whole[array.key] = pages.empty(array.shape, getattr(torch, array.dtype))
+            # What is made under the caller's inference mode could not be written to where shards are computed.
+            with torch.inference_mode(mode=False):
+                self.whole[array.key] = pages.empty(array.shape, getattr(torch, array.dtype))
         return self.whole[array.key][where]

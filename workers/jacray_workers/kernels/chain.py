@@ -22,6 +22,7 @@ from jacray_workers.chain.segments import WORKSPACE, Run, make
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels.common import Targets, blocks_for
 from jacray_workers.problem.problem import Problem
+from jacray_workers.straight.kernel import Short, fill, short
 
 # How far a first block may lie from plain autograd, relative to the size of the terms that are summed.
 AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -64,11 +65,14 @@ def refuse(problem: Problem) -> str:
     return "there is nothing to differentiate" if empty else ""
 
 
-def price(problem: Problem, batch: Sequence[Tensor]) -> ChainPlan | str:
+def price(problem: Problem, batch: Sequence[Tensor]) -> ChainPlan | Short | str:
     """The plan for this shape of batch, or why there is none. To be called inside `problem.session()`."""
     refused = refuse(problem)
     if refused:
         return refused
+    plain = short(problem, batch)
+    if plain is not None:
+        return plain
     found = _ready(problem, problem.values(batch), batch)
     return found if isinstance(found, str) else found[0].plan
 
@@ -76,6 +80,8 @@ def price(problem: Problem, batch: Sequence[Tensor]) -> ChainPlan | str:
 def cuts(problem: Problem, batch: Sequence[Tensor]) -> tuple[str, ...]:
     """Where the model is cut, and how the pieces are put together, as text."""
     plan = price(problem, batch)
+    if isinstance(plan, Short):
+        return (plan.text,)
     return () if isinstance(plan, str) else (*plan.cuts, plan.text)
 
 
@@ -92,6 +98,9 @@ def jacobian(
         raise _cannot(refused)
     size = batch[0].shape[0]
     wanted = range(problem.rows) if rows is None else rows
+    plain = short(problem, batch)
+    if plain is not None:
+        return _by_the_short_way(problem, plain, batch, wanted, blocks_for(problem, size, len(wanted), into))
     prepared, run = _start(problem, batch, wanted)
     run = replace(run, workspace=min(WORKSPACE, problem.workspace))
     blocks = blocks_for(problem, size, len(wanted), into)
@@ -103,13 +112,35 @@ def jacobian(
     )
     make(run, prepared.plan.bracket, wanted, targets)
     if not prepared.trusted:
-        _trust(problem, run, targets, wanted, batch)
+        _trust(problem, run.values(), targets, wanted, batch)
         prepared.trusted.add(True)
     for block, target in zip(blocks, targets, strict=True):
         if block.data_ptr() != target.data_ptr():
             block.copy_(target.view(block.shape))
     if isinstance(into, Targets):
         into.finite |= targets.finite
+    return blocks
+
+
+def _by_the_short_way(
+    problem: Problem, plain: Short, batch: Sequence[Tensor], wanted: range, blocks: list[Tensor]
+) -> list[Tensor]:
+    """The block of a plain net; the first of its make is compared with plain autograd."""
+    block = blocks[0]
+    own = block.is_contiguous() and block.dtype == problem.dtype
+    target = block if own else plain.x.new_empty(block.shape)
+    targets = [target.view(*block.shape[:2], problem.leaves[0].size)]
+    if isinstance(blocks, Targets):
+        targets = Targets(targets)
+    fill(plain, wanted, targets)
+    trusted: set[Hashable] = problem.memo.setdefault("short", set())
+    if plain.line.make not in trusted:
+        _trust(problem, problem.values(batch), targets, wanted, batch)
+        trusted.add(plain.line.make)
+    if not own:
+        block.copy_(target)
+    if isinstance(blocks, Targets) and isinstance(targets, Targets):
+        blocks.finite |= targets.finite
     return blocks
 
 
@@ -183,13 +214,15 @@ def _key(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) ->
     return problem.leaves, problem.outs, problem.point, tensors
 
 
-def _trust(problem: Problem, run: Run, blocks: list[Tensor], wanted: range, batch: Sequence[Tensor]) -> None:
-    """Compare the first block of a recording with one plain backward pass for a random cotangent.
+def _trust(
+    problem: Problem, values: Sequence[Tensor], blocks: list[Tensor], wanted: range, batch: Sequence[Tensor]
+) -> None:
+    """Compare the first block of a preparation with one plain backward pass for a random cotangent.
 
     Raises:
         MethodError: they disagree.
     """
-    leaves = [value.detach().requires_grad_() for value in run.values()]
+    leaves = [value.detach().requires_grad_() for value in values]
     y = problem.forward(leaves, batch)[:, wanted.start : wanted.stop]
     random = torch.Generator().manual_seed(problem.seed)
     u = torch.randn(y.shape, generator=random, dtype=torch.float64).to(y)

@@ -16,6 +16,7 @@ from jacray_workers.planning import memory, pricing, trial
 from jacray_workers.planning.case import Case, Tried
 from jacray_workers.planning.race import BEHIND, LOOK_SECONDS, race, rematch, scout
 from jacray_workers.planning.runner import keeps_factors, kept_as_factors, runner
+from jacray_workers.straight.kernel import short
 
 # Methods predicted to be slower than the best by more than this are priced but not tried.
 FIELD = 6.0
@@ -34,9 +35,13 @@ def enter(case: Case) -> list[Tried]:
     found: list[Tried] = []
     best = fastest = math.inf
     began = time.perf_counter()
-    for candidate in sorted((_predict(case, name) for name in names), key=lambda c: c.seconds):
+    plain = has_short_way(case)
+    predicted = sorted((_predict(case, name) for name in names), key=lambda c: c.seconds)
+    for candidate in sorted(predicted, key=lambda c: plain and c.method != "chain"):
         standing = sum(tried.line is not None for tried in found)
-        late = standing >= 2 and time.perf_counter() - began > max(FIELD_SECONDS, FIELD_JOBS * best)
+        # No other method does fewer products than the short way, nor with fewer calls.
+        won = plain and standing > 0
+        late = won or (standing >= 2 and time.perf_counter() - began > max(FIELD_SECONDS, FIELD_JOBS * best))
         hopeless = best < math.inf and candidate.seconds > FIELD * best
         tried = Tried(candidate) if candidate.refused or hopeless or late else _try(case, candidate, fastest)
         found.append(tried)
@@ -45,6 +50,11 @@ def enter(case: Case) -> list[Tried]:
             best = min(best, tried.candidate.seconds, candidate.seconds)
             fastest = min(fastest, tried.candidate.seconds)
     return rematch(case, found)
+
+
+def has_short_way(case: Case) -> bool:
+    """Whether `chain` knows the model in full and need not trace it."""
+    return case.work == "jacobian" and not case.alone and short(case.problem, case.batch) is not None
 
 
 def _predict(case: Case, method: str) -> Candidate:

@@ -15,7 +15,7 @@ from jacray_workers.kernels import forward
 from jacray_workers.plan import ArrayPlan, Plan
 from jacray_workers.planning import memory, pricing, sizing, trial
 from jacray_workers.planning.case import Case, Tried, budget_of, directions, trial_rows
-from jacray_workers.planning.field import enter
+from jacray_workers.planning.field import enter, has_short_way
 from jacray_workers.planning.ladder import Standing, among_many, stand
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.weights import Directions
@@ -214,6 +214,8 @@ def _reason(case: Case, field: Sequence[Tried], best: Tried) -> str:
     if case.request.method != "auto":
         return "asked for"
     others = [t for t in field if t.candidate.measured and t is not best]
+    if best.candidate.method == "chain" and has_short_way(case):
+        return "the model is a plain net, whose weights are multiplied in the cheapest order"
     if not others:
         untried = [t for t in field if not t.candidate.refused and t is not best]
         return "priced far below the others" if untried else "the only method that serves this work within reach"

@@ -22,6 +22,7 @@ from jacray_workers.problem.problem import Problem, as_module
 from jacray_workers.problem.resolve import moved
 from jacray_workers.problem.state import modules_of
 from jacray_workers.request import Request
+from jacray_workers.straight.reading import read
 
 PER_MODEL = 32
 _PLAIN = (bool, int, float, str, type(None))
@@ -53,7 +54,9 @@ def key_of(model: Any, inputs: Any, request: Request, workers: tuple[int, bool])
     )
     directions = (_shapes(request.weights), _shapes(request.vectors))
     shapes = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
-    parts = (function, shapes, spec, asked, directions, workers, torch.get_num_threads())
+    # What was planned for a plain net holds for no other.
+    plain = read(model) is not None
+    parts = (function, plain, shapes, spec, asked, directions, workers, torch.get_num_threads())
     try:
         hash(parts)
     except TypeError:
