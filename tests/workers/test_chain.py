@@ -16,6 +16,9 @@ from jacray_workers.problem.resolve import place, resolve
 from jacray_workers.request import make_request
 from torch import nn
 
+from tests import reference
+from tests.door import compute
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
@@ -227,6 +230,62 @@ def test_eight_thousand_logits_with_a_tied_head():
         assert found.shape == (2, 8000, 16, 64)
         rows = some(problem)
         assert worst([found[:, rows]], brute(problem, batch, rows)) < 1e-10
+
+
+def test_a_mask_whose_values_are_looked_at():
+    """Without `is_causal` the encoder compares the mask with the causal one."""
+
+    class Masked(LanguageModel):
+        def __init__(self):
+            super().__init__(600, 32, 8)
+            layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True, norm_first=True)
+            self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(8))
+
+        def forward(self, tokens):
+            return self.head(self.layers(self.embed(tokens), mask=self.mask)[:, -1])
+
+    plan = check(Masked(), torch.randint(0, 600, (3, 8)), wrt=EMBEDDINGS)
+    assert "(32 wide)" in plan.cuts[0]
+
+
+class PaddedLanguageModel(LanguageModel):
+    """Builds a mask only where something is padded; counts the tokens in Python where `counts`."""
+
+    counts = False
+
+    def forward(self, tokens, mask):
+        h = self.embed(tokens) + self.place
+        padding = None if mask.all() else ~mask
+        for block in self.blocks:
+            h = block(h, src_key_padding_mask=padding)
+        h = (h * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        h = self.norm(h)
+        return self.head(h * int(mask.sum(dim=1).max()) if self.counts else h)
+
+
+@pytest.mark.parametrize("lengths", [(8, 3, 5, 1), (8, 8, 8, 8), (8, 8, 8, 8, 8, 8, 2, 8), (8, 8, 4, 4, 4, 4, 8, 8)])
+def test_padding_that_is_looked_at(lengths):
+    model = PaddedLanguageModel(500, 32, 8, tied=False).eval()
+    mask = torch.arange(8) < torch.tensor(lengths)[:, None]
+    inputs = {"tokens": torch.randint(0, 500, (len(lengths), 8)), "mask": mask}
+    found = compute(model, inputs, wrt=EMBEDDINGS, method="chain", chunk_size=2, outputs=list(range(500)))
+    assert found.plan.compared
+    assert "(32 wide)" in found.plan.cuts[0]
+    assert not any("alone" in shard.facts for shard in found.shards)
+    plain = compute(model, inputs, wrt=EMBEDDINGS, method="backward_loop", chunk_size=1, dtype="float64")
+    assert reference.worst(found.jacobian, plain.jacobian) < 1e-4
+
+
+def test_counts_that_differ_between_a_sample_and_its_chunk():
+    model = PaddedLanguageModel(500, 32, 8, tied=False).eval()
+    model.counts = True
+    mask = torch.arange(8) < torch.tensor((6, 6, 6, 6, 5, 4))[:, None]
+    inputs = {"tokens": torch.randint(0, 500, (6, 8)), "mask": mask}
+    found = compute(model, inputs, wrt=EMBEDDINGS, method="chain", chunk_size=2)
+    assert sum(shard.facts.get("alone", 0) for shard in found.shards) == 2
+    plain = compute(model, inputs, wrt=EMBEDDINGS, method="backward_loop", chunk_size=1, dtype="float64")
+    assert reference.worst(found.jacobian, plain.jacobian) < 1e-4
 
 
 def test_the_last_position_chosen_among_flat_outputs():

@@ -50,11 +50,10 @@ def minilm(sentences: tuple[str, ...] = SENTENCES) -> tuple[Embedder, dict[str, 
 
 
 if INSTALLED:
-    # The library looks at the mask's values and builds no mask where nothing is padded, so samples go one at a time.
+    # The library looks at the mask's values and builds no mask where nothing is padded.
     @entry(
         "pretrained",
         wrt=({"module": "bert.embeddings.word_embeddings", "side": "output"},),
-        defeats=("layerwise", "reverse", "forward"),
         slow=True,
     )
     def sentence_transformer():

@@ -94,10 +94,13 @@ def prepare(
         products.check(problem, request)
         arrays = ArrayPlanner(problem, request, samples, _lead(ks), _lead(vs)).all()
         plan = planner.choose(problem, leaves, request, arrays, workers, ks, vs, apart=apart)
+        problem = replace(problem, compared=plan.compared)
         plan = rehearse(Prepared(problem, request, plan, tuple(leaves), ks, vs))
         cache.remember(model, key, problem, plan)
     elif plan.samples != samples:
         raise InputError("inputs", f"must have the {plan.samples} samples that the plan was made for", samples)
+    elif plan.compared:
+        problem = replace(problem, compared=True)
     return Prepared(problem, request, plan, tuple(leaves), ks, vs)
 
 

@@ -113,6 +113,8 @@ class Plan:
         seed: fixes every random draw.
         batched: the model may be called on several samples at once; otherwise it is called on one at a time, or under
             `vmap`, which shows it one.
+        compared: every chunk is first compared with what its samples give alone, and computed one sample at a time
+            where they differ.
         cuts: where `chain` brackets the model, as text.
         row_cuts: where one sample's output numbers are cut into shards, both ends included; empty where no sample is
             too large for a shard.
@@ -137,6 +139,7 @@ class Plan:
     seed: int
     threads: int = 0
     batched: bool = True
+    compared: bool = False
     cuts: tuple[str, ...] = ()
     row_cuts: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()

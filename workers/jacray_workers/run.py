@@ -24,6 +24,7 @@ from jacray_workers.products.reduce import Reducer
 from jacray_workers.shard import NonFinite, ShardResult
 from jacray_workers.transfer import Landing
 from jacray_workers.trust import finite
+from jacray_workers.trust.alike import Judge
 from jacray_workers.trust.checks import check_shard
 
 if TYPE_CHECKING:
@@ -86,10 +87,12 @@ def _run(
         # Inside, for a buffer made under the caller's inference mode could not be written to here.
         buffers = _Buffers(prepared, shard, into, landing)
         reducer = Reducer(prepared, shard, buffers, pause)
+        judge = Judge(prepared.problem, prepared.leaves)
         while at < shard.stop:
             pause()
             stop = min(at + chunk, shard.stop)
             try:
+                stop = judge.stop(at, stop)
                 compute_chunk(prepared, at, stop, buffers, reducer)
             except Exception as error:
                 buffers.forget()
@@ -110,8 +113,7 @@ def _run(
         bad = _nonfinite(prepared, shard, blocks, buffers.finite)
         checks = check_shard(prepared, shard, blocks) if not bad else ()
     facts: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(prepared.problem.device)}
-    if backoffs:
-        facts["backoffs"] = backoffs
+    facts.update({name: count for name, count in (("backoffs", backoffs), ("alone", judge.alone)) if count})
     return ShardResult(shard, blocks, checks, bad, time.perf_counter() - began, chunk, facts)
 
 

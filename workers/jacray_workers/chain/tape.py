@@ -90,6 +90,8 @@ class Tape:
         output: the value that `problem.forward` returned.
         count: how many values there are.
         dep: the values that a derivative passes through.
+        reads: Python looked at numbers that do not depend on the leaves, so the calls hold for these masks and
+            constants alone.
     """
 
     nodes: tuple[Node, ...]
@@ -99,6 +101,7 @@ class Tape:
     output: int
     count: int
     dep: frozenset[int]
+    reads: bool = False
 
     def start(self, values: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Any]:
         """The values before the first call."""

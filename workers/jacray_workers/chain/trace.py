@@ -1,7 +1,8 @@
 """Record the torch calls that a model makes, as a tape.
 
-Where Python looked at a tensor's numbers, or where a tensor appears that no recorded call made, the tape would not hold
-for other inputs, so there is none: `Untraceable` says why.
+Where Python looked at the numbers of what is differentiated, or where a tensor appears that no recorded call made, the
+tape would not hold for other inputs, so there is none: `Untraceable` says why. Numbers of a mask may be looked at: the
+tape then holds for that mask.
 """
 
 from __future__ import annotations
@@ -91,10 +92,13 @@ class Recorder(TorchFunctionMode):
         self.value: dict[int, int] = {}
         self.state: dict[int, tuple[int, bool]] = {}
         self.dep: set[int] = set()
+        self.moves: set[int] = set()
         self.pure: set[int] = set()
+        self.reads = False
         self.constants: dict[int, Tensor] = {}
         self.leaves = tuple(self._name(leaf) for leaf in leaves)
         self.dep.update(self.leaves)
+        self.moves.update(self.leaves)
         self.inputs = [(self._name(t), i) for i, t in enumerate(batch) if id(t) not in self.value]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,8 +116,8 @@ class Recorder(TorchFunctionMode):
         elif made:
             if any(id(t) not in self.value for _, t in made):
                 self._append(call, slots, made)
-        elif not _tells_metadata(call) and any(value not in self.pure for _, value in slots):
-            raise Untraceable(f"Python looks at the numbers of a tensor ({call.name})")
+        elif not _tells_metadata(call):
+            self._read(call.name, {value for _, value in slots})
         return result
 
     def tape(self, output: Tensor) -> Tape:
@@ -136,8 +140,19 @@ class Recorder(TorchFunctionMode):
                 output=made,
                 count=len(self.alive),
                 dep=frozenset(self.dep),
+                reads=self.reads,
             )
         )
+
+    def _read(self, name: str, values: set[int]) -> None:
+        """Python looks at the numbers of these: of masks and constants it may, as every batch is recorded anew.
+
+        Raises:
+            Untraceable: they change with what is differentiated.
+        """
+        if not self.moves.isdisjoint(values):
+            raise Untraceable(f"Python looks at the numbers of a tensor ({name})")
+        self.reads = self.reads or not self.pure.issuperset(values)
 
     def _name(self, tensor: Tensor) -> int:
         """A new number for a tensor that is new, or was overwritten."""
@@ -183,6 +198,8 @@ class Recorder(TorchFunctionMode):
         self.dep.update(value for value in new if dep and self.alive[value].requires_grad)
         if self.pure.issuperset(needs):
             self.pure.update(new)
+        if not self.moves.isdisjoint(needs):
+            self.moves.update(new)
         self.nodes.append(
             Node(
                 func=call.func,

@@ -68,9 +68,10 @@ def _launch_bound(problem: Problem, batch: Sequence[Tensor], rows: int) -> bool:
     """Whether the backward passes are so small that calling them costs more than their arithmetic."""
     widest = max(leaf.size for leaf in problem.leaves)
     cheap = rows * batch[0].shape[0] * (widest + problem.rows) <= FOLDED and not problem.random
-    # A batch of one may mean that the model does not take several: copies of one sample would be several too.
+    # Copies make another batch than the one that was compared with its samples. A batch of one may mean that the model
+    # does not take several: copies of one sample would be several too.
     several = batch[0].shape[0] > 1
-    return rows > 1 and several and cheap and all(per_sample(leaf) for leaf in problem.leaves)
+    return rows > 1 and several and cheap and not problem.compared and all(per_sample(leaf) for leaf in problem.leaves)
 
 
 def _fold(problem: Problem, batch: Sequence[Tensor], rows: range, blocks: Sequence[Tensor]) -> None:

@@ -20,6 +20,7 @@ from jacray_workers.chain import probes
 from jacray_workers.chain.chaining import ChainPlan, Known, Prepared, ready
 from jacray_workers.chain.segments import WORKSPACE, Run, make
 from jacray_workers.errors import MethodError
+from jacray_workers.kernels import reverse
 from jacray_workers.kernels.common import Targets, blocks_for
 from jacray_workers.problem.problem import Problem
 from jacray_workers.straight.kernel import Short, fill, short
@@ -101,7 +102,13 @@ def jacobian(
     plain = short(problem, batch)
     if plain is not None:
         return _by_the_short_way(problem, plain, batch, wanted, blocks_for(problem, size, len(wanted), into))
-    prepared, run = _start(problem, batch, wanted)
+    try:
+        prepared, run = _start(problem, batch, wanted)
+    except MethodError:
+        if not problem.compared:
+            raise
+        # With another mask the model may make other calls, in which no cut pays.
+        return reverse.jacobian(problem, batch, wanted, into)
     run = replace(run, workspace=min(WORKSPACE, problem.workspace))
     blocks = blocks_for(problem, size, len(wanted), into)
     targets = Targets(

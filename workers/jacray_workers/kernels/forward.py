@@ -69,6 +69,8 @@ def _push(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor], i
     leaf = problem.leaves[index]
     value = values[index]
     tangents = basis(span, leaf.size, value).reshape(len(span), *leaf.shape)
+    if problem.compared:
+        return _push_unmapped(problem, values, batch, index, tangents)
 
     def one(sample_values: tuple[Tensor, ...], sample: tuple[Tensor, ...]) -> Tensor:
         function = _only(sample_function(problem, sample), sample_values, index)
@@ -85,6 +87,23 @@ def _push(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor], i
     with math_attention():
         found: Tensor = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch))
     return found
+
+
+def _push_unmapped(
+    problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor], index: int, tangents: Tensor
+) -> Tensor:
+    """The same without `vmap` over samples, for a model that reads values of its masks."""
+    function = _only(lambda *leaves: problem.forward(leaves, batch), values, index)
+    if per_sample(problem.leaves[index]):
+        tangents = tangents[:, None].expand(-1, len(batch[0]), *tangents.shape[1:])
+
+    def push(v: Tensor) -> Tensor:
+        found: Tensor = torch.func.jvp(function, (values[index],), (v,))[1]
+        return found
+
+    with math_attention():
+        columns: Tensor = vmap(push, randomness="same")(tangents)
+    return columns.permute(1, 2, 0)
 
 
 def _only(function: Callable[..., Tensor], values: Sequence[Tensor], index: int) -> Callable[[Tensor], Tensor]:

@@ -1,11 +1,14 @@
 """`reverse`: `vmap` over samples of a vector-Jacobian product per output row, as `vmap(jacrev(f))` does.
 
+A model that reads values of its masks cannot run under `vmap`. Where whole batches were seen to be safe it runs as it
+is, once for the batch, and `vmap` goes over the cotangents alone; for parameters, once for every sample.
+
 Source: the torch.func documentation of `vmap` and `jacrev`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +55,8 @@ def jacobian(
     rows = range(problem.rows) if rows is None else rows
     if not rows:
         return blocks_for(problem, batch[0].shape[0], 0, into)
+    if problem.compared:
+        return deliver(_unmapped(problem, batch, lambda v, b: _pull_rows(problem, v, b, rows, width)), into)
     values = problem.values(batch)
 
     def one(sample_values: tuple[Tensor, ...], sample: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -62,6 +67,30 @@ def jacobian(
     mapped = vmap(one, in_dims=(leaf_dims(problem), (0,) * len(batch)), randomness="same")
     with math_attention():
         return deliver(list(mapped(tuple(values), tuple(batch))), into)
+
+
+def _unmapped(
+    problem: Problem, batch: Sequence[Tensor], work: Callable[[list[Tensor], Sequence[Tensor]], list[Tensor]]
+) -> list[Tensor]:
+    """What `work(values, batch)` gives for the batch at once; with parameters, sample by sample."""
+    with math_attention():
+        if all(per_sample(leaf) for leaf in problem.leaves):
+            return work(problem.values(batch), batch)
+        alone = ([leaf[i : i + 1] for leaf in batch] for i in range(batch[0].shape[0]))
+        parts = [work(problem.values(sample), sample) for sample in alone]
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def _pull_rows(
+    problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor], rows: range, width: int | None
+) -> list[Tensor]:
+    """The blocks `(B, len(rows), *leaf)`; `(1, len(rows), *param)`, of the one sample."""
+    y, pull = func_vjp(lambda *leaves: problem.forward(leaves, batch), *values)[:2]
+    bands = (basis(span, problem.rows, y)[:, None].expand(-1, len(y), -1) for span in spans(rows, width))
+    parts = [vmap(pull, randomness="same")(band) for band in bands]
+    found = [torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True)]
+    pairs = zip(found, problem.leaves, strict=True)
+    return [grad.transpose(0, 1) if per_sample(leaf) else grad[None] for grad, leaf in pairs]
 
 
 def deliver(blocks: list[Tensor], into: list[Tensor] | None) -> list[Tensor]:
@@ -75,6 +104,8 @@ def deliver(blocks: list[Tensor], into: list[Tensor] | None) -> list[Tensor]:
 
 def vjp(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sample_params: bool = True) -> list[Tensor]:
     """`cotangents` `(K, B, rows)` pulled back to every leaf; see the package's docstring for the shapes."""
+    if problem.compared:
+        return _vjp_unmapped(problem, batch, cotangents, per_sample_params)
     values = problem.values(batch)
     if not per_sample_params or all(per_sample(leaf) for leaf in problem.leaves):
         return _vjp_of_batch(problem, values, batch, cotangents)
@@ -89,6 +120,21 @@ def vjp(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sampl
         found = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch), cotangents)
     # Not `out_dims=1`: torch then misplaces a result that depends on no sample.
     return [grad.transpose(0, 1) for grad in found]
+
+
+def _vjp_unmapped(
+    problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sample_params: bool
+) -> list[Tensor]:
+    """The same without `vmap` over samples."""
+    if per_sample_params and len(batch[0]) > 1 and not all(per_sample(leaf) for leaf in problem.leaves):
+        alone = ([leaf[i : i + 1] for leaf in batch] for i in range(len(batch[0])))
+        parts = [vjp(problem, sample, cotangents[:, i : i + 1]) for i, sample in enumerate(alone)]
+        return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
+    with math_attention():
+        pull = func_vjp(lambda *leaves: problem.forward(leaves, batch), *problem.values(batch))[1]
+        found = vmap(pull, randomness="same")(cotangents)
+    pairs = zip(found, problem.leaves, strict=True)
+    return [grad[:, None] if per_sample_params and not per_sample(leaf) else grad for grad, leaf in pairs]
 
 
 def _vjp_of_batch(problem: Problem, values: list[Tensor], batch: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
@@ -112,6 +158,8 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
 
     One tangent for all samples of a parameter, expanded over B, is used as one: its product is then one matrix product.
     """
+    if problem.compared:
+        return _jvp_unmapped(problem, batch, tangents)
     values = whole(problem.values(batch))
     shared = [not per_sample(leaf) and v.stride(1) == 0 for leaf, v in zip(problem.leaves, tangents, strict=True)]
     handed = [v[:, 0] if alike else v for v, alike in zip(tangents, shared, strict=True)]
@@ -130,3 +178,22 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
     with math_attention():
         found: Tensor = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch), tuple(handed))
     return found.transpose(0, 1)
+
+
+def _jvp_unmapped(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """The same without `vmap` over samples."""
+    apart = any(not per_sample(leaf) and v.stride(1) != 0 for leaf, v in zip(problem.leaves, tangents, strict=True))
+    if apart and len(batch[0]) > 1:
+        alone = ([leaf[i : i + 1] for leaf in batch] for i in range(len(batch[0])))
+        parts = [jvp(problem, sample, [v[:, i : i + 1] for v in tangents]) for i, sample in enumerate(alone)]
+        return torch.cat(parts, dim=1)
+    values = tuple(whole(problem.values(batch)))
+    handed = [v if per_sample(leaf) else v[:, 0] for leaf, v in zip(problem.leaves, tangents, strict=True)]
+
+    def push(*v: Tensor) -> Tensor:
+        found: Tensor = torch.func.jvp(lambda *leaves: problem.forward(leaves, batch), values, v)[1]
+        return found
+
+    with math_attention():
+        pushed: Tensor = vmap(push, randomness="same")(*handed)
+    return pushed

@@ -14,8 +14,8 @@ from jacray_workers.kernels import NAMES, lacks, pick
 from jacray_workers.plan import Candidate
 from jacray_workers.planning import memory, pricing, trial
 from jacray_workers.planning.case import Case, Tried
-from jacray_workers.planning.race import BEHIND, LOOK_SECONDS, race, rematch, scout
-from jacray_workers.planning.runner import keeps_factors, kept_as_factors, runner
+from jacray_workers.planning.race import BEHIND, LONG_SECONDS, LOOK_SECONDS, by_rows, paced, race, rematch, scout
+from jacray_workers.planning.runner import Look, keeps_factors, kept_as_factors, look, runner
 from jacray_workers.straight.kernel import short
 
 # Methods predicted to be slower than the best by more than this are priced but not tried.
@@ -111,17 +111,17 @@ def _try(case: Case, candidate: Candidate, best: float) -> Tried:
     batch = [leaf[:1] for leaf in case.batch] if single else case.batch
     known = None if single else case.known
     run = runner(case, kernel, batch)
-    kept: list[list[Tensor]] = []
+    looks: list[Look] = []
 
     def compare(_: Any) -> float:
-        kept[:] = [run()]
-        return max(_disagreement(case, kept[0], known), _passes_beside(case, kernel, batch, known))
+        looks[:] = [look(run, problem.device)]
+        return max(_disagreement(case, looks[0].blocks, known), _passes_beside(case, kernel, batch, known))
 
     refused = trial.admits(candidate.method, problem, known, compare)
     if refused:
         return Tried(dataclasses.replace(candidate, refused=refused))
     try:
-        return _measured(case, candidate, batch, kept.pop(), best)
+        return _measured(case, candidate, batch, looks.pop(), best)
     except Exception as error:
         # What the method did for these samples it may not do for more of them, or for other shapes of batch.
         if memory.out_of_memory(error):
@@ -141,17 +141,25 @@ def _passes_beside(case: Case, kernel: Any, batch: list[Tensor], known: trial.Re
     return worst
 
 
-def _measured(case: Case, candidate: Candidate, batch: list[Tensor], blocks: list[Tensor], best: float) -> Tried:
+def _measured(case: Case, candidate: Candidate, batch: list[Tensor], first: Look, best: float) -> Tried:
     """What the method holds, at its peak and in its blocks, and how long it takes."""
     problem, kernel = case.problem, pick(candidate.method)
     size = batch[0].shape[0]
-    factored = tuple(kept_as_factors(b) for b in blocks) if keeps_factors(case, kernel) else ()
-    held = sum(b.nbytes_factored for b in blocks if isinstance(b, Block) and kept_as_factors(b)) / size
-    del blocks
-    line, seen, behind = _line(case, kernel, batch)
-    if behind > BEHIND * best:
-        return Tried(dataclasses.replace(candidate, seconds=behind, measured=True))
-    pace = race(case, kernel, candidate, line, seen)
+    factored = tuple(kept_as_factors(b) for b in first.blocks) if keeps_factors(case, kernel) else ()
+    held = sum(b.nbytes_factored for b in first.blocks if isinstance(b, Block) and kept_as_factors(b)) / size
+    first.blocks.clear()
+    each_row = None
+    if first.seconds > LONG_SECONDS:
+        # One look at long work tells its pace: what its first call does besides, and the watching, weigh little.
+        pace = paced(case, candidate, first.seconds, size)
+        if pace.seconds > BEHIND * best:
+            return Tried(dataclasses.replace(candidate, seconds=pace.seconds, measured=True))
+        line, each_row = _peaks(case, candidate, batch, first.peak)
+    else:
+        line, seen, behind = _line(case, kernel, batch)
+        if behind > BEHIND * best:
+            return Tried(dataclasses.replace(candidate, seconds=behind, measured=True))
+        pace = race(case, kernel, candidate, line, seen)
     if case.known is not None and pace.gap > trial.AGREEMENT[case.known.dtype]:
         why = f"disagrees with plain autograd, among more samples, by {pace.gap:.1e} of the size of the result"
         return Tried(dataclasses.replace(candidate, refused=why))
@@ -159,7 +167,7 @@ def _measured(case: Case, candidate: Candidate, batch: list[Tensor], blocks: lis
     describe = getattr(kernel, "cuts", None)
     cuts = describe(problem, batch) if describe and case.work == "jacobian" else ()
     each = held * problem.rows / max(len(case.rows), 1)
-    return Tried(priced, line, factored, cuts, each, pace.count, pace.rows)
+    return Tried(priced, line, factored, cuts, each, pace.count, pace.rows, each_row)
 
 
 def _line(case: Case, kernel: Any, batch: list[Tensor]) -> tuple[memory.Line, float, float]:
@@ -168,16 +176,33 @@ def _line(case: Case, kernel: Any, batch: list[Tensor]) -> tuple[memory.Line, fl
     The last is 0 where the runs were too short to tell.
     """
     began = time.perf_counter()
-    peaks = [(1, memory.measure(runner(case, kernel, [leaf[:1] for leaf in batch]), case.problem.device))]
+    peaks = [(1, _peak(case, kernel, [leaf[:1] for leaf in batch]))]
     middle = time.perf_counter()
     size = batch[0].shape[0]
     if size == 1:
         return memory.fit(peaks), middle - began, 0.0
-    peaks.append((size, memory.measure(runner(case, kernel, batch), case.problem.device)))
+    peaks.append((size, _peak(case, kernel, batch)))
     last = time.perf_counter() - middle
     more = (last - (middle - began)) / (size - 1)
     share = len(case.rows) / max(case.problem.rows, 1) if case.work == "jacobian" else 1.0
     return memory.fit(peaks), last, more * case.samples / max(share, 1e-9) if last > LOOK_SECONDS else 0.0
+
+
+def _peaks(case: Case, candidate: Candidate, batch: list[Tensor], peak: int) -> tuple[memory.Line, float | None]:
+    """The memory of samples by the peak of these and of one; what each row of one adds, where rows can tell."""
+    kernel, size, rows = pick(candidate.method), batch[0].shape[0], case.rows
+    single = [leaf[:1] for leaf in batch]
+    one = _peak(case, kernel, single) if size > 1 else peak
+    line = memory.fit([(1, one), (size, peak)])
+    few = range(rows.start, rows.start + max(1, len(rows) // 4))
+    if not by_rows(case, candidate) or len(few) == len(rows):
+        return line, None
+    return line, max(0.0, (one - _peak(case, kernel, single, few)) / (len(rows) - len(few)))
+
+
+def _peak(case: Case, kernel: Any, batch: list[Tensor], rows: range | None = None) -> int:
+    """Bytes of tensors alive at once in a run on these samples."""
+    return memory.measure(runner(case, kernel, batch, rows), case.problem.device)
 
 
 def _disagreement(case: Case, found: list[Tensor], known: trial.Reference | None) -> float:

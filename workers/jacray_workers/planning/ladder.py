@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 
 from jacray_workers.errors import ModelError, Plain
-from jacray_workers.planning.reading import reads_values
+from jacray_workers.planning.reading import what_is_read
 from jacray_workers.problem.blame import accuse
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.resolve import place
 from jacray_workers.trust import independence
+from jacray_workers.trust.alike import alike
 from jacray_workers.trust.evidence import relative
 
+READS = "the model reads values of its data (a branch, .item()), so a batch may take another path than a sample"
+COMPARED = (
+    "the model reads values of its masks or indices, so every chunk is compared, in outputs and a derivative, with what"
+    " its samples give alone, and computed sample by sample where they differ"
+)
 # Input numbers up to which the largest is looked for.
 SCANNED = 1 << 24
 
@@ -34,11 +40,14 @@ class Standing:
         batched: whole batches give every sample what it gives alone.
         why: why not, or the empty string.
         notes: what a reader of the plan should know besides.
+        compared: a few samples show that they do, and as that proves nothing of others every chunk is compared with
+            its samples alone.
     """
 
     batched: bool
     why: str = ""
     notes: tuple[str, ...] = ()
+    compared: bool = False
 
 
 def stand(problem: Problem, batch: Sequence[Tensor]) -> Standing:
@@ -57,9 +66,12 @@ def stand(problem: Problem, batch: Sequence[Tensor]) -> Standing:
             Plain(found.why),
             "keep the state, or the source of random numbers, as an attribute of a module, or take it out",
         )
-    if not problem.training and reads_values(problem, batch):
-        why = "the model reads values of its data (a branch, .item()), so a batch may take another path than a sample"
-        return Standing(False, why, found.notes)
+    read = "nothing" if problem.training else what_is_read(problem, batch)
+    if read != "nothing":
+        good = found.independent and found.same_alone and found.batchable and not problem.random
+        if read == "marks" and good and alike(problem, batch):
+            return Standing(True, "", (*found.notes, COMPARED), compared=True)
+        return Standing(False, READS, found.notes)
     independence.require(found)
     if problem.random:
         return Standing(

@@ -16,10 +16,13 @@ from jacray_workers.plan import ArrayPlan, Plan
 from jacray_workers.planning import memory, pricing, sizing, trial
 from jacray_workers.planning.case import Case, Tried, budget_of, directions, trial_rows
 from jacray_workers.planning.field import enter, has_short_way
-from jacray_workers.planning.ladder import Standing, among_many, stand
+from jacray_workers.planning.ladder import READS, Standing, among_many, stand
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.weights import Directions
 from jacray_workers.request import Request
+
+# Backward passes of a chunk from which on it pays to compare its samples with each alone.
+PASSES = 8
 
 
 def choose(
@@ -46,9 +49,9 @@ def choose(
         case = _look(problem, leaves, request, arrays, workers, budget, ks, vs)
         case = dataclasses.replace(case, apart=apart or workers > 1)
         plan = _decide(case)
-        why = among_many(problem, leaves, plan.chunk_size) if plan.batched else ""
+        why = among_many(problem, leaves, plan.chunk_size) if plan.batched and not plan.compared else ""
         if why:
-            plan = _decide(dataclasses.replace(case, standing=Standing(False, why, case.standing.notes)))
+            plan = _decide(case.apart_for(why))
         return plan
 
 
@@ -65,9 +68,14 @@ def _look(
     """Everything that a few passes over a few samples tell."""
     work = products.work(problem, request)
     standing = stand(problem, trial.first_samples(problem, leaves, min(leaves[0].shape[0], 4)))
+    vectors = directions(problem, request, ks, vs)
+    standing = _worth(standing, request, problem.rows if work == "jacobian" else vectors * (work != "outputs"))
+    problem = dataclasses.replace(problem, compared=standing.compared)
     batch = trial.first_samples(problem, leaves, min(leaves[0].shape[0], 2))
     _require_seen(problem, batch)
     one = pricing.forward_cost(problem, [leaf[:1] for leaf in batch])
+    on = pricing.machine(problem.device, torch.get_num_threads())
+    rows = trial_rows(problem, work, budget, len(batch[0]) * pricing.backward_seconds(problem, one, on))
     return Case(
         problem=problem,
         leaves=leaves,
@@ -75,15 +83,22 @@ def _look(
         arrays=arrays,
         workers=workers,
         work=work,
-        directions=directions(problem, request, ks, vs),
+        directions=vectors,
         budget=budget,
         one=one,
-        on=pricing.machine(problem.device, torch.get_num_threads()),
+        on=on,
         batch=batch,
-        known=trial.reference(problem, batch, request.seed, trial_rows(problem, work, budget), one.coarsest),
+        known=trial.reference(problem, batch, request.seed, rows, one.coarsest),
         standing=standing,
         alike=tuple(part.shape[1] == 1 for part in vs.parts) if vs else (False,) * len(problem.leaves),
     )
+
+
+def _worth(standing: Standing, request: Request, passes: int) -> Standing:
+    """Comparing every sample costs a pass of each alone; few passes of a chunk do not make up for that."""
+    if not standing.compared or request.method != "auto" or passes >= PASSES:
+        return standing
+    return Standing(False, READS)
 
 
 def _require_seen(problem: Problem, batch: list[Tensor]) -> None:
@@ -117,7 +132,7 @@ def _decide(case: Case) -> Plan:
     runners = [tried for tried in field if tried.line is not None]
     if not runners and not case.alone:
         why = f"no method serves a whole batch ({field[0].candidate.method}: {field[0].candidate.refused})"
-        case = dataclasses.replace(case, standing=Standing(False, why, case.standing.notes))
+        case = case.apart_for(why)
         runners = [tried for tried in enter(case) if tried.line is not None]
     if not runners:
         raise _none_left(case, field)
@@ -168,6 +183,7 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
         form=request.form if any(best.factored) else "dense",
         seed=request.seed,
         batched=case.standing.batched,
+        compared=case.standing.compared,
         cuts=best.cuts,
         row_cuts=ranges,
         notes=_notes(case),
@@ -194,11 +210,13 @@ def _banded(case: Case, best: Tried) -> tuple[memory.Line, int]:
         return _tangents(case, line)
     if case.work != "jacobian" or best.candidate.method == "chain" or seen >= total:
         return line, max(total, 1)
-    whole = memory.Line(line.base, line.slope * total / seen)
+    whole = best.line_at(seen, total) if seen else line
     if whole.fit_in(case.budget // 2) >= 1 or seen == 0 or not products.separable(problem, case.request):
         return whole, total
-    rows = max(1, int(seen * (case.budget // 4) / max(line.at(1), 1)))
-    return memory.Line(line.base, line.slope * rows / seen), min(rows, total)
+    one = best.line_at(seen, 1).at(1)
+    each = (whole.at(1) - one) / max(total - 1, 1)
+    rows = min(total, max(1, int((case.budget // 4 - one) / max(each, 1e-9))))
+    return best.line_at(seen, rows), rows
 
 
 def _tangents(case: Case, line: memory.Line) -> tuple[memory.Line, int]:

@@ -153,6 +153,12 @@ class Price:
         return self.slow * self.operations / on.rate + self.bytes / on.bandwidth + self.launches * on.launch
 
 
+def backward_seconds(problem: Problem, one: Forward, on: Machine) -> float:
+    """What a backward pass of one sample is expected to take."""
+    back = one.operations * (2 if any(leaf.side == "param" for leaf in problem.leaves) else 1)
+    return back / on.rate + 2 * one.bytes / on.bandwidth + 2 * one.launches * on.launch
+
+
 def price(method: str, work: str, problem: Problem, one: Forward, b: int, directions: int) -> Price:
     """The price of a chunk of `b` samples.
 

@@ -30,6 +30,8 @@ GROWTH = 4
 # A method this many times slower than the best so far is not looked at more closely, once a look takes so long.
 BEHIND = 2.0
 LOOK_SECONDS = 0.02
+# Work that took longer than this when it was compared is not run again to be measured and timed.
+LONG_SECONDS = 0.15
 # Methods this close to the best run again in turns, for a busy moment may have met only one of them.
 CLOSE = 1.6
 TURNS = 4
@@ -90,6 +92,11 @@ def race(case: Case, kernel: Any, candidate: Candidate, line: memory.Line, seen:
     return Pace(_whole(case, candidate, best, count, rows), gap, count, rows)
 
 
+def paced(case: Case, candidate: Candidate, seconds: float, count: int) -> Pace:
+    """The pace by one run of the trial's rows on so many samples."""
+    return Pace(_whole(case, candidate, seconds, count, case.rows), 0.0, count, case.rows)
+
+
 def rematch(case: Case, field: Sequence[Tried]) -> list[Tried]:
     """The same field, where those that came out close to the best have run again, one after the other in turns."""
     fast = min((t.candidate.seconds for t in field if t.line is not None), default=0.0)
@@ -146,7 +153,7 @@ def _heat(case: Case, candidate: Candidate, line: memory.Line, allowed: float) -
 def _whole(case: Case, candidate: Candidate, seconds: float, count: int, rows: range) -> float:
     """Seconds of the whole job by those of some samples and rows."""
     total = case.problem.rows
-    share = len(rows) / total if total and _by_rows(case, candidate) else 1.0
+    share = len(rows) / total if total and by_rows(case, candidate) else 1.0
     return seconds / count * case.samples / max(share, 1e-9)
 
 
@@ -154,11 +161,12 @@ def _gap_among(case: Case, found: list[Tensor], count: int) -> float:
     """How far the trial's samples come out among many from what plain autograd says of them."""
     known = case.known
     size = case.batch[0].shape[0]
-    if known is None or case.work != "jacobian" or count <= size:
+    # Where chunks are compared with their samples, one that differs is no reason to leave the method out.
+    if known is None or case.work != "jacobian" or count <= size or case.problem.compared:
         return 0.0
     return trial.disagreement([block[:size, : known.rows.stop] for block in found], known)
 
 
-def _by_rows(case: Case, candidate: Candidate) -> bool:
+def by_rows(case: Case, candidate: Candidate) -> bool:
     """Whether the method can compute some rows alone at a share of the cost."""
     return case.work == "jacobian" and candidate.method not in ("chain", "forward")

@@ -1,13 +1,14 @@
 """Whether a model turns the values of its inputs into Python values, on which its path or its shapes then depend.
 
 Such a model may treat a batch otherwise than a sample: a threshold that one sample crosses, a count of what a mask
-picked. No probe of a few samples can rule that out, so it is watched for.
+picked. No probe of a few samples can rule that out, so it is watched for. Where only integers and booleans beside what
+is differentiated decide, as a padding mask does, a batch and its samples seldom part: then chunks can be compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,11 +27,19 @@ _CHECKS = frozenset(("one_hot",))
 _TAGS = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape))
 
 
-def reads_values(problem: Problem, batch: Sequence[Tensor]) -> bool:
-    """Whether the model reads a value that depends on its inputs; called inside `problem.session()`."""
+Read = Literal["nothing", "marks", "data"]
+
+
+def what_is_read(problem: Problem, batch: Sequence[Tensor]) -> Read:
+    """Which values that depend on its inputs the model reads; called inside `problem.session()`.
+
+    `marks` are integers and booleans beside what is differentiated (a mask, token ids) and what is made from them and
+    from parameters alone; `data` is anything else.
+    """
     values = problem.values(batch)
     own = [value for leaf, value in zip(problem.leaves, values, strict=True) if leaf.side != "param"]
-    seen = _Data([*batch, *own])
+    loose = [*own, *(leaf for leaf in batch if leaf.is_floating_point() or leaf.is_complex())]
+    seen = _Data([*batch, *own], loose)
     with torch.no_grad(), _Calls(seen), _Operators(seen):
         try:
             problem.forward(values, batch)
@@ -40,28 +49,37 @@ def reads_values(problem: Problem, batch: Sequence[Tensor]) -> bool:
 
 
 class _Data:
-    """The tensors that depend on the inputs, by their memory, and whether one was read."""
+    """The tensors that depend on the inputs, by their memory; those of them that are more than marks; what was read."""
 
-    def __init__(self, data: Sequence[Tensor]) -> None:
-        self.read = False
+    def __init__(self, data: Sequence[Tensor], loose: Sequence[Tensor]) -> None:
+        self.read: Read = "nothing"
         self.paused = 0
         self._known: dict[int, Tensor] = {}
-        self.add(data)
+        self._loose: set[int] = set()
+        self.add(data, loose=False)
+        self.add(loose, loose=True)
 
-    def add(self, found: Any) -> None:
+    def add(self, found: Any, *, loose: bool) -> None:
         """Take every tensor in a nest of containers, and keep it: memory is used again once its tensor is gone."""
         for leaf in pytree.tree_leaves(found):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
                 self._known.setdefault(leaf.untyped_storage()._cdata, leaf)
+                if loose:
+                    self._loose.add(leaf.untyped_storage()._cdata)
 
-    def holds(self, value: Any) -> bool:
-        """Whether any tensor in a nest of containers depends on the inputs."""
+    def holds(self, value: Any) -> Read:
+        """What the tensors in a nest of containers depend on."""
         leaves = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-        return any(leaf.layout == torch.strided and leaf.untyped_storage()._cdata in self._known for leaf in leaves)
+        places = [leaf.untyped_storage()._cdata for leaf in leaves if leaf.layout == torch.strided]
+        if not any(place in self._known for place in places):
+            return "nothing"
+        return "data" if any(place in self._loose for place in places) else "marks"
 
     def note(self, value: Any) -> None:
         """Something of these is turned into a Python value or into a shape."""
-        self.read = self.read or (not self.paused and self.holds(value))
+        found = "nothing" if self.paused else self.holds(value)
+        if found != "nothing" and self.read != "data":
+            self.read = found
 
 
 class _Operators(Watcher):
@@ -78,10 +96,11 @@ class _Operators(Watcher):
             self._data.note(given)
         elif _TAGS.intersection(func.tags):
             self._data.note(_decides(func, args))
-        if self._data.holds(given):
-            self._data.add(list(written_by(func, args, kwargs or {})))
+        held = self._data.holds(given)
+        if held != "nothing":
+            self._data.add(list(written_by(func, args, kwargs or {})), loose=held == "data")
             result = func(*args, **(kwargs or {}))
-            self._data.add(result)
+            self._data.add(result, loose=held == "data")
             return result
         return func(*args, **(kwargs or {}))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from jacray_workers.blocks.block import Block, DenseBlock
 from jacray_workers.kernels.common import blocks_for
+from jacray_workers.planning import memory
 from jacray_workers.planning.case import Case
 
 
@@ -54,6 +57,23 @@ def runner(
         # Mapped now: the first write to fresh memory would count against the method that happens to come first.
         block.zero_()
     return lambda: kernel.jacobian(problem, batch, rows, into)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run that was watched: what it made, the bytes of tensors alive at its peak, and the seconds that it took."""
+
+    blocks: list[Tensor]
+    peak: int
+    seconds: float
+
+
+def look(run: Callable[[], list[Tensor]], device: torch.device) -> Look:
+    """Run once for everything that a run can show."""
+    blocks: list[Tensor] = []
+    began = time.perf_counter()
+    peak = memory.measure(lambda: blocks.extend(run()), device)
+    return Look(blocks, peak, time.perf_counter() - began)
 
 
 def keeps_factors(case: Case, kernel: Any) -> bool:

@@ -173,6 +173,8 @@ class Problem:
         differentiates: the model takes derivatives itself, so gradients are on in every pass.
         stateful: the model keeps something from one call to the next, so every pass starts from what the job found.
         written: the parameters and buffers that it writes into, so every pass is given copies of them.
+        compared: the model reads values of its masks or indices, which `vmap` cannot follow; a batch is only passed to
+            a method once its samples were seen to give what they give alone.
         workspace: bytes that a method may hold at a time beside its results, where it has the choice.
         notes: what a reader of the plan should know.
         memo: what kernels found out about the model's make-up and may use again in later calls. It outlives changes of
@@ -199,6 +201,7 @@ class Problem:
     differentiates: bool = False
     stateful: bool = False
     written: tuple[str, ...] = ()
+    compared: bool = False
     workspace: int = 1 << 28
     notes: tuple[str, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -16,6 +16,8 @@ from jacray_workers.problem.resolve import place
 from jacray_workers.problem.weights import Directions
 from jacray_workers.products import curvature, krylov, needs, parts, spectrum, sums
 from jacray_workers.products.band import Band, Unit
+from jacray_workers.products.dense import plain
+from jacray_workers.trust.alike import alike
 
 if TYPE_CHECKING:
     from jacray_workers.engine import Prepared
@@ -198,11 +200,16 @@ class Reducer:
         return [kept[: math.prod(shape)].view(shape) for kept, shape in zip(held, shapes, strict=True)]
 
     def _band(self, shard: Shard, pause: Callable[[], None]) -> Band:
+        plan = self.plan
+
         def compute(unit: Unit) -> list[Tensor]:
             batch = place(self.problem, [leaf[unit.start : unit.stop] for leaf in self.prepared.leaves])
+            if plan.compared and not alike(self.problem, batch):
+                singles = [[leaf[i : i + 1] for leaf in batch] for i in range(unit.stop - unit.start)]
+                found = [map(plain, self._compute(single, unit.rows, None)) for single in singles]
+                return [torch.cat(parts) for parts in zip(*found, strict=True)]
             return self._compute(batch, unit.rows, self._memory("other", batch, unit.rows))
 
-        plan = self.plan
         view = self.buffers.view(self.buffers.arrays["ntk", -1, -1], shard.start, shard.stop)
         room = plan.budget_bytes - plan.peak_bytes
         trace = self.request.ntk == "trace"
