@@ -16,6 +16,12 @@ PEERS := .venv/.peers-installed
 # CPU torch. So they come without their dependencies; the rest of those stands in pyproject.toml's `peers`.
 WITHOUT_TORCHVISION := backpack-for-pytorch curvlinops-for-pytorch laplace-torch nngeometry
 
+# Whose architectures the tests build. timm asks for torchvision, and torchvision's wheel for Linux for a CUDA torch of
+# several gigabytes; neither needs one for what is tested. They lie in a folder of their own, which those tests alone
+# look into: beside a CPU torch, whatever imports torchvision when it finds it (transformers, laplace) would break.
+ARCHITECTURES := .venv/architectures
+WITH_ARCHITECTURES := torchvision timm
+
 # Debian splits ensurepip off, and a venv made without it has no pip. Version managers put names on the path that
 # do not run. So a candidate counts only when it runs, is new enough and can make a venv.
 USABLE := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
@@ -101,6 +107,9 @@ $(RUNTIME): pyproject.toml constraints.txt
 $(DEV): $(RUNTIME)
 	@echo "Installing the tools for tests, lint and types into .venv. The first time takes about a minute; later runs skip this."
 	@$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@rm -rf $(ARCHITECTURES)
+	@$(INSTALL) --no-deps --target $(ARCHITECTURES) $(WITH_ARCHITECTURES) || \
+		echo "torchvision and timm could not be installed; the tests of their architectures are skipped." >&2
 	@touch $@
 
 $(CLUSTER): $(DEV)

@@ -23,6 +23,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import torch
+from jacray_workers.models.torchvision_operators import with_operators
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -84,7 +85,7 @@ def unpack(packed: Packed, *, in_place: bool = False) -> Any:
     storages = [
         _storage(array, in_place or shared) for array, shared in zip(packed.storages, packed.shared, strict=True)
     ]
-    return _Unpickler(io.BytesIO(packed.pickled), storages).load()
+    return with_operators(lambda: _Unpickler(io.BytesIO(packed.pickled), storages).load())
 
 
 def alone(value: Any) -> Any:

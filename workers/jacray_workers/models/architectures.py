@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from jacray_workers.errors import ModelError, Plain, shorten
+from jacray_workers.models.torchvision_operators import with_operators
 from jacray_workers.validation import nearest
 
 _FORBIDDEN = ("pretrained", "weights", "checkpoint", "cfg", "cache", "url", "hub")
@@ -81,7 +82,7 @@ def load(module: str, extra: str) -> Any:
     """
     package = module.partition(".")[0]
     try:
-        return importlib.import_module(module)
+        return with_operators(lambda: importlib.import_module(module))
     except ModuleNotFoundError as error:
         rule = f"needs the package {error.name}, which is not installed"
         way_out = f"pip install 'jacray[{extra}]'"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jacray_workers.errors import ModelError, Plain, shorten
 from jacray_workers.models.architectures import load
 from jacray_workers.models.specs import HuggingfaceModel
+from jacray_workers.models.torchvision_operators import with_operators
 from jacray_workers.models.weights import refuse_differences
 from jacray_workers.planning.explain import size
 
@@ -58,22 +59,8 @@ def files(folder: Path) -> list[Path]:
 
 
 def _loaded(transformers: Any, spec: HuggingfaceModel, folder: Path) -> nn.Module:
-    kind = getattr(transformers, _CLASSES[spec.task])
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        config.use_cache = False
-        config.return_dict = True
-        _check_memory(kind, config)
-        module, info = kind.from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation="eager",
-            dtype="auto",
-            output_loading_info=True,
-        )
+        module, info = with_operators(lambda: _read(transformers, _CLASSES[spec.task], folder))
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001 - transformers raises whatever a folder makes it raise
@@ -82,6 +69,25 @@ def _loaded(transformers: Any, spec: HuggingfaceModel, folder: Path) -> nn.Modul
     _check_weights(info, spec, folder)
     found: nn.Module = module
     return found
+
+
+def _read(transformers: Any, name: str, folder: Path) -> Any:
+    """The model, and what transformers found out about its weights."""
+    kind = getattr(transformers, name)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config.use_cache = False
+    config.return_dict = True
+    _check_memory(kind, config)
+    return kind.from_pretrained(
+        folder,
+        config=config,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        attn_implementation="eager",
+        dtype="auto",
+        output_loading_info=True,
+    )
 
 
 def _check_folder(folder: Path) -> None:

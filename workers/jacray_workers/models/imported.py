@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from jacray_workers.errors import ModelError, Plain
+from jacray_workers.models.torchvision_operators import with_operators
 from jacray_workers.validation import nearest
 
 
@@ -54,7 +55,7 @@ def _find(module: ModuleType, path: str, target: str) -> Any:
 
 def _import(name: str, target: str, base: Path) -> ModuleType:
     try:
-        module = importlib.import_module(name)
+        module = with_operators(lambda: importlib.import_module(name))
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             way_out = f"install it, or put it beside the spec in {base}"
@@ -95,7 +96,7 @@ def _call(factory: Any, target: str, arguments: Mapping[str, Any]) -> Any:
     with contextlib.suppress(ValueError, TypeError):
         _check_arguments(inspect.signature(factory), target, arguments)
     try:
-        return factory(**arguments)
+        return with_operators(lambda: factory(**arguments))
     except Exception as error:
         given = Plain(f"{target} with {dict(arguments)}")
         raise ModelError("model.target", f"the factory raised {type(error).__name__}: {error}", given) from error

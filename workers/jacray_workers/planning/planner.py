@@ -12,6 +12,7 @@ from torch import Tensor
 from jacray_workers import products
 from jacray_workers.errors import MethodError, ModelError, Plain
 from jacray_workers.kernels import forward
+from jacray_workers.models import torchvision_operators
 from jacray_workers.plan import ArrayPlan, Plan
 from jacray_workers.planning import memory, pricing, sizing, trial
 from jacray_workers.planning.case import Case, Tried, budget_of, directions, trial_rows
@@ -243,7 +244,8 @@ def _reason(case: Case, field: Sequence[Tried], best: Tried) -> str:
 
 
 def _notes(case: Case) -> tuple[str, ...]:
-    notes = list(case.problem.notes)
+    about_operators = torchvision_operators.note(case.problem.module)
+    notes = [about_operators] * bool(about_operators) + list(case.problem.notes)
     if case.known is None:
         notes.append("plain autograd cannot run this model backward, so methods were not compared with it")
     notes += case.standing.notes
