@@ -9,6 +9,8 @@ from typing import Any
 
 from jacray_workers.errors import Plain, UserError
 from jacray_workers.plan import Plan
+from jacray_workers.problem.far import far_inputs
+from jacray_workers.sources.ranged import Rows
 
 from jacray import emit, store
 from jacray.folders import RECEIPT, RunFolder
@@ -48,7 +50,9 @@ def _write_report(folder: RunFolder, run: Run, work: Work, receipt: Mapping[str,
     from jacray.report import write_report
 
     result = StoredResult(store.open_store(target(run)), lambda: receipt)
-    write_report(folder.path, result, inputs=work.loaded.inputs, fields=work.loaded.fields, title=run.folder.name)
+    inputs = work.loaded.inputs
+    shown = far_inputs(inputs) if isinstance(inputs, Rows) else inputs
+    write_report(folder.path, result, inputs=shown, fields=work.loaded.fields, title=run.folder.name)
 
 
 def load(path: str | Path) -> StoredResult:

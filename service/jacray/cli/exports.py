@@ -11,6 +11,8 @@ from jacray_workers.errors import ModelError, Plain, SpecError, shorten
 
 from jacray.exporting import export
 
+EXAMPLE = 64  # samples by which a graph is compared with its module, where there are too many to read them all
+
 
 def export_file(file: str, overrides: Sequence[str], to: str, *, trust: bool) -> str:
     """Write the graph file, and say what it holds.
@@ -34,10 +36,10 @@ def export_file(file: str, overrides: Sequence[str], to: str, *, trust: bool) ->
 
 def _spec(file: str, overrides: Sequence[str]) -> tuple[Any, Any]:
     from jacray.spec import read_run
-    from jacray.work import make
+    from jacray.work import make, some_inputs
 
     work = make(read_run(file, overrides))
-    return work.model, work.loaded.inputs
+    return work.model, some_inputs(work.loaded, EXAMPLE)
 
 
 def _program(file: str, *, trust: bool, overridden: bool) -> tuple[Any, Any]:

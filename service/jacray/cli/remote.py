@@ -30,7 +30,7 @@ def submit_file(file: str, overrides: Sequence[str], url: str) -> None:
     run = read_run(file, overrides)
     from jacray.work import make
 
-    work = make(run)
+    work = make(run, whole=True)
     with run.naming(), _client(url) as client:
         job = client.submit(_model(run, work.model), work.loaded.inputs, request=work.request)
     click.echo(job.id)

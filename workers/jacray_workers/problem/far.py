@@ -30,7 +30,9 @@ class FarLeaf:
         self.shape = torch.Size((window.rows.samples, *leaf.shape))
         self.dtype = leaf.dtype
 
-    def __getitem__(self, index: slice) -> Tensor:
+    def __getitem__(self, index: slice | int) -> Tensor:
+        if isinstance(index, int):
+            return self[index : index + 1][0]
         start, stop, step = index.indices(self.shape[0])
         if step != 1 or stop <= start:
             raise IndexError(f"samples that are read by range are taken in rising order; got {index}")
@@ -62,6 +64,13 @@ class _Window:
         if last[:2] != (start, stop):
             last = self._last = (start, stop, self.rows.read(start, stop).named)
         return last[2]
+
+
+def far_inputs(rows: Rows) -> FarLeaf | dict[str, FarLeaf]:
+    """The inputs of a source as a model takes them, each read when it is sliced."""
+    window = _Window(rows)
+    named = {name: FarLeaf(window, name) for name in rows.inputs}
+    return named[""] if list(named) == [""] else named
 
 
 def far_leaves(rows: Rows, few: Any) -> list[FarLeaf]:

@@ -25,6 +25,8 @@ _WIDENED = {"u2": "i4", "u4": "i8", "u8": "i8"}
 class Reader(Protocol):
     """One source, opened: what is known of it without reading it. Picklable, holds no open file.
 
+    A reader whose fields lie apart from its inputs has `read_fields(start, stop)` too, which reads no input.
+
     Attributes:
         samples: how many rows there are.
         argument: what the spec is called in errors.

@@ -75,17 +75,25 @@ class ArrowTable:
 
     def read(self, start: int, stop: int) -> tuple[dict[str, Part], dict[str, Tensor]]:
         """The rows from start to stop."""
-        found: dict[str, list[Part]] = {name: [] for name in self.choice.names}
-        for batch in self.batches(start, stop, self.choice.names):
+        columns = self._columns(start, stop, self.choice.names)
+        fields = {as_: self._field(columns[name], as_) for as_, name in self.choice.fields.items()}
+        return self.choice.inputs(columns), fields
+
+    def read_fields(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The fields' rows from start to stop."""
+        columns = self._columns(start, stop, sorted(set(self.choice.fields.values())))
+        return {as_: self._field(columns[name], as_) for as_, name in self.choice.fields.items()}
+
+    def _columns(self, start: int, stop: int, names: Sequence[str]) -> dict[str, Part]:
+        found: dict[str, list[Part]] = {name: [] for name in names}
+        for batch in self.batches(start, stop, names):
             for name, parts in found.items():
                 parts.append(self._part(batch.column(name), name))
         if not all(found.values()):
             raise InputError(
                 f"{self.argument}.path", "must hold the rows that it promises", Plain(self.files[0].place.name)
             )
-        columns = {name: _joined(parts, f"{self.argument}.columns") for name, parts in found.items()}
-        fields = {as_: self._field(columns[name], as_) for as_, name in self.choice.fields.items()}
-        return self.choice.inputs(columns), fields
+        return {name: _joined(parts, f"{self.argument}.columns") for name, parts in found.items()}
 
     def batches(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[Any]:
         """Record batches that hold exactly the rows from start to stop, over all files."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jacray_workers.errors import InputError, Plain
@@ -66,6 +67,8 @@ class Rows:
             raise InputError(f"{self.reader.argument}.range", rule, [start, stop])
         check_unchanged(self.reader.places)
         raw, fields = self.reader.read(self.start + start, self.start + stop)
+        # Again: what was written to in the meantime may be half old and half new.
+        check_unchanged([(place, stamp) for place, stamp in self.reader.places if not place.folder])
         parts = preprocess(raw, self.steps, self.start + start)
         self._check(parts, self.inputs, self.reader.argument, stop - start)
         self._check(fields, self.fields, f"{self.reader.argument}.fields", stop - start)
@@ -80,6 +83,34 @@ class Rows:
         """
         check_memory(self.nbytes, f"{self.reader.argument}{_SIZED_BY.get(getattr(self.spec, 'kind', ''), '.path')}")
         return self.read(0, self.samples)
+
+    def all_fields(self) -> dict[str, Tensor]:
+        """The fields of all samples, read some samples at a time, without the inputs where the source can.
+
+        Raises:
+            InputError: as `read`.
+        """
+        if not self.fields:
+            return {}
+        held = self.samples * sum(leaf.nbytes for leaf in self.fields.values())
+        check_memory(2 * held, f"{self.reader.argument}.fields")
+        step = max(1, self.samples * HASHED_BYTES // max(self.nbytes, 1))
+        parts = [self.read_fields(start, min(start + step, self.samples)) for start in range(0, self.samples, step)]
+        return {name: torch.cat([part[name] for part in parts]) for name in self.fields}
+
+    def read_fields(self, start: int, stop: int) -> Mapping[str, Tensor]:
+        """The fields of the samples from start to stop, without the inputs where the source can.
+
+        Raises:
+            InputError: as `read`.
+        """
+        alone = getattr(self.reader, "read_fields", None)
+        if alone is None:
+            return self.read(start, stop).fields
+        check_unchanged(self.reader.places)
+        found: dict[str, Tensor] = alone(self.start + start, self.start + stop)
+        self._check(found, self.fields, f"{self.reader.argument}.fields", stop - start)
+        return found
 
     @cached_property
     def digest(self) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jacray_workers.errors import InputError, Plain
+from jacray_workers.errors import InputError, Plain, UserError
 from jacray_workers.sources.arrays import check_memory, from_numpy
 from jacray_workers.sources.places import Place, unreadable
 
@@ -46,45 +46,54 @@ class RawArray:
         return np.dtype(self.dtype).itemsize
 
     def read(self, start: int, stop: int) -> Tensor:
-        """The rows from start to stop. Of a local file, memory that is mapped and copied when it is written to."""
-        rows = self._mapped(start, stop) if self.place.local else self._fetched(start, stop)
+        """The rows from start to stop.
+
+        Read and not mapped: a file that is cut off while it is mapped ends the process that looks at it.
+        """
+        row = math.prod(self.shape[1:])
+        check_memory(row * (stop - start) * self.itemsize, self.place.argument)
+        with self.place.open() as stream:
+            try:
+                rows = (self._columns if self.fortran and row > 1 else self._together)(stream, start, stop)
+            except Exception as error:  # each service behind a URL has errors of its own
+                if isinstance(error, UserError):
+                    raise
+                raise unreadable(self.place, "file of numbers", error) from None
         tensor = from_numpy(rows, self.place.argument)
         return tensor.view(getattr(torch, self.torch_dtype)) if self.torch_dtype else tensor
 
-    def _mapped(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        order: Literal["F", "C"] = "F" if self.fortran else "C"
-        try:
-            # Copy on write: torch cannot mark a tensor as read-only, and the file must never change.
-            whole: np.ndarray[Any, Any] = np.memmap(
-                self.place.path, np.dtype(self.dtype), "c", self.offset, self.shape, order
-            )
-        except (ValueError, OSError) as error:
-            raise unreadable(self.place, "file of numbers", error) from None
-        return whole[start:stop]
-
-    def _fetched(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        if self.fortran and len(self.shape) > 1:
-            # The rows are scattered over the whole array.
-            columns = self._bytes(0, self.nbytes).view(self.dtype).reshape(self.shape[::-1]).T
-            return columns[start:stop]
+    def _together(self, stream: BinaryIO, start: int, stop: int) -> np.ndarray[Any, Any]:
+        found = np.empty((stop - start, *self.shape[1:]), self.dtype)
         row = math.prod(self.shape[1:]) * self.itemsize
-        return self._bytes(start * row, stop * row).view(self.dtype).reshape(stop - start, *self.shape[1:])
-
-    def _bytes(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        check_memory(stop - start, self.place.argument)
-        found = np.empty(stop - start, np.uint8)
-        with self.place.open() as stream:
-            try:
-                stream.seek(self.offset + start)
-                data = stream.read(stop - start)
-            except (OSError, ValueError) as error:
-                raise unreadable(self.place, "file of numbers", error) from None
-        if len(data) != len(found):
-            raise InputError(
-                self.place.argument, "must hold the bytes that its header promises", Plain(self.place.name)
-            )
-        found[:] = np.frombuffer(data, np.uint8)
+        self._fill(stream, start * row, found)
         return found
+
+    def _columns(self, stream: BinaryIO, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows that are scattered: each number of a sample has a column of its own in the file."""
+        if self.place.scheme != "file":
+            whole = np.empty(self.shape[::-1], self.dtype)
+            check_memory(whole.nbytes, self.place.argument)
+            self._fill(stream, 0, whole)
+            return whole.T[start:stop]
+        found = np.empty((math.prod(self.shape[1:]), stop - start), self.dtype)
+        for number, column in enumerate(found):
+            self._fill(stream, (number * self.shape[0] + start) * self.itemsize, column)
+        return found.reshape(*self.shape[:0:-1], stop - start).T
+
+    def _fill(self, stream: BinaryIO, at: int, into: np.ndarray[Any, Any]) -> None:
+        """Fill an array from its place in the file.
+
+        Raises:
+            InputError: the file ends before.
+        """
+        stream.seek(self.offset + at)
+        view, done = into.reshape(-1).view(np.uint8).data, 0
+        while done < len(view):
+            part = stream.readinto(view[done:])  # type: ignore[attr-defined]  # all files of bytes have it
+            if not part:
+                rule = "must hold the bytes that its header promises"
+                raise InputError(self.place.argument, rule, Plain(f"{self.place.name}, which ends before"))
+            done += part
 
 
 def check_extent(place: Place, shape: tuple[int, ...], itemsize: int, offset: int, end: int, what: str) -> None:

@@ -42,7 +42,11 @@ class Arrays:
     def read(self, start: int, stop: int) -> tuple[dict[str, Part], dict[str, Tensor]]:
         """The rows of every input and field."""
         inputs: dict[str, Part] = {name: array.read(start, stop) for name, array in self.inputs.items()}
-        return inputs, {name: array.read(start, stop) for name, array in self.fields.items()}
+        return inputs, self.read_fields(start, stop)
+
+    def read_fields(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The rows of every field."""
+        return {name: array.read(start, stop) for name, array in self.fields.items()}
 
 
 def arrays_of(spec: Any, place: Place, known: Mapping[str, Callable[[], Array]], argument: str) -> Arrays:

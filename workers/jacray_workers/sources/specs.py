@@ -95,7 +95,7 @@ class _File(_Input):
 
 
 class Npy(_File):
-    """One array in numpy's format, mapped rather than read."""
+    """One array in numpy's format."""
 
     kind: Literal["npy"] = "npy"
 

@@ -50,6 +50,11 @@ class Together:
             fields |= found.fields
         return inputs, fields
 
+    def read_fields(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The fields of every source that has some."""
+        with_fields = [part for part in self.parts.values() if part.fields]
+        return {name: field for part in with_fields for name, field in part.read_fields(start, stop).items()}
+
 
 def _given(name: str, leaf: str) -> str:
     return leaf or name
