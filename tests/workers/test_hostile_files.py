@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import zarr
 from jacray_workers.errors import InputError, UserError
 from jacray_workers.sources.loader import rows
 from jacray_workers.sources.specs import InputSpec
@@ -25,7 +24,7 @@ from pydantic import TypeAdapter
 
 from tests.hostile import TOKENIZER, bad_bytes
 from tests.workers import source_files
-from tests.workers.source_files import FILES, ROWS, TEXTS
+from tests.workers.source_files import FILES, TEXTS
 
 ADAPTER = TypeAdapter(InputSpec)
 MEMORY = 300 << 20  # more than any refusal may take
@@ -236,88 +235,6 @@ SAFETENSORS = {
 def test_safetensors_headers_that_lie(tmp_path, name):
     (tmp_path / "x.safetensors").write_bytes(SAFETENSORS[name])
     assert "inputs.path: must" in refused(tmp_path, {"kind": "safetensors", "path": "x.safetensors"})
-
-
-# zarr ------------------------------------------------------------------------------------------------------------
-
-
-def set_(meta, path, value):
-    *above, last = path
-    for key in above:
-        meta = meta[key]
-    meta[last] = value
-
-
-ZARR = {
-    "shape": (("shape",), [2**62, 2]),
-    "shape beyond": (("shape",), [10**30, 2]),
-    "shape negative": (("shape",), [-5, 2]),
-    "shape text": (("shape",), "five"),
-    "chunks": (("chunk_grid", "configuration", "chunk_shape"), [2**40, 2**20]),
-    "chunks zero": (("chunk_grid", "configuration", "chunk_shape"), [0, 0]),
-    "chunks negative": (("chunk_grid", "configuration", "chunk_shape"), [-1, 2]),
-    "chunks axes": (("chunk_grid", "configuration", "chunk_shape"), [2]),
-    "grid": (("chunk_grid", "name"), "../../regular"),
-    "type": (("data_type",), "object"),
-    "type wide": (("data_type",), "r80000000000"),
-    "text": (("data_type",), "string"),
-    "codec": (("codecs",), [{"name": "numcodecs.pickle", "configuration": {}}]),
-    "codec module": (("codecs",), [{"name": "os:system", "configuration": {"command": "id"}}]),
-    "codec bytes": (("codecs",), [{"name": "numcodecs.json2", "configuration": {}}]),
-    "codecs none": (("codecs",), []),
-    "codecs deep": (("codecs",), [[[[[]]]]]),
-    "separator": (("chunk_key_encoding", "configuration", "separator"), "/../"),
-    "encoding": (("chunk_key_encoding", "name"), "../default"),
-    "transformers": (("storage_transformers",), [{"name": "x", "configuration": {}}]),
-    "format": (("zarr_format",), 4),
-    "node": (("node_type",), "../group"),
-    "fill": (("fill_value",), {"a": 1}),
-}
-
-
-@pytest.mark.parametrize("name", ZARR)
-def test_zarr_metadata_that_lies(tmp_path, name):
-    source_files.zarr_group(tmp_path)
-    file = tmp_path / "x.zarr" / "x" / "zarr.json"
-    meta = json.loads(file.read_text())
-    set_(meta, *ZARR[name])
-    file.write_text(json.dumps(meta))
-    refused(tmp_path, {"kind": "zarr", "path": "x.zarr", "arrays": "x"})
-    refused(tmp_path, {"kind": "zarr", "path": "x.zarr/x"})
-
-
-@pytest.mark.parametrize("name", ["../secret", "x/../../secret", "/x", "..", "a\\b", "x\n"])
-def test_names_that_lead_out_of_a_zarr_are_not_followed(tmp_path, name):
-    source_files.zarr_group(tmp_path)
-    zarr.create_array(tmp_path / "secret", data=ROWS)
-    (tmp_path / "x.zarr" / "zarr.json").write_text(
-        json.dumps(
-            {
-                "zarr_format": 3, "node_type": "group", "attributes": {},
-                "consolidated_metadata": {
-                    "kind": "inline", "must_understand": False,
-                    "metadata": {name: json.loads((tmp_path / "secret" / "zarr.json").read_text())},
-                },
-            }
-        )
-    )  # fmt: skip
-    refused(tmp_path, {"kind": "zarr", "path": "x.zarr", "arrays": name})
-
-
-def test_a_zarr_that_unpickles_runs_nothing(tmp_path):
-    array = zarr.create_array(tmp_path / "x.zarr", shape=(4,), chunks=(4,), dtype="f4", zarr_format=2, compressors=None)
-    array[:] = 1
-    meta = tmp_path / "x.zarr" / ".zarray"
-    text = meta.read_text()
-    (tmp_path / "x.zarr" / "0").write_bytes(pickle.dumps(Touches(tmp_path / "touched")))
-    for changed in (
-        text.replace('"compressor": null', '"compressor": {"id": "pickle"}'),
-        text.replace('"filters": null', '"filters": [{"id": "pickle"}]'),
-        text.replace('"dtype": "<f4"', '"dtype": "|O"'),
-    ):
-        meta.write_text(changed)
-        refused(tmp_path, {"kind": "zarr", "path": "x.zarr"})
-    assert not (tmp_path / "touched").exists()
 
 
 # csv -------------------------------------------------------------------------------------------------------------

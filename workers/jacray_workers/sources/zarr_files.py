@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jacray_workers.errors import InputError, Plain, UserError
 from jacray_workers.sources.arrays import check_dtype, check_memory, from_numpy
+from jacray_workers.sources.bounded import COMPRESSORS, decompressed
 from jacray_workers.sources.places import Place, Reach, listed, locate, unreadable
 from jacray_workers.sources.several import Arrays, arrays_of
 from jacray_workers.sources.specs import Zarr
@@ -22,9 +23,13 @@ from jacray_workers.sources.specs import Zarr
 _CODECS = frozenset(
     (
         *("bytes", "gzip", "zstd", "blosc", "crc32c", "transpose", "sharding_indexed"),
+        *(f"numcodecs.{name}" for name in ("gzip", "zstd", "blosc")),
         *(p + name for name in ("zlib", "lz4", "bz2", "lzma", "shuffle") for p in ("", "numcodecs.")),
     )
 )
+
+
+_BOUNDED = "jacray.bounded"
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class ZarrArray:
         try:
             node = _open(self.place)
             array = node if not self.name else node[self.name]
-            found = np.asarray(array[start:stop])
+            found = np.asarray(_bounded(array)[start:stop])
         except Exception as error:
             if isinstance(error, UserError):
                 raise
@@ -139,6 +144,10 @@ def _checked(array: Any, name: str, place: Place) -> ZarrArray:
         )
     if meta.get("storage_transformers"):
         raise InputError(place.argument, "must be a zarr array without storage transformers", Plain(place.name))
+    try:
+        _bounded_metadata(meta, array.chunks)
+    except ValueError as error:
+        raise InputError(place.argument, f"must be a zarr array {error}", Plain(place.name)) from None
     dtype = np.dtype(array.dtype)
     check_dtype(dtype, place.argument)
     chunks = [tuple(array.chunks), tuple(getattr(array, "shards", None) or ())]
@@ -165,3 +174,102 @@ def _plain(codec: Any) -> dict[str, Any]:
         return codec
     found: dict[str, Any] = codec.get_config() if hasattr(codec, "get_config") else codec.to_dict()
     return found
+
+
+def _bounded(array: Any) -> Any:
+    """The same array, read without a chunk ever becoming larger than its array says."""
+    import zarr as library
+
+    _register()
+    inner = array.async_array
+    meta: Any = _bounded_metadata(inner.metadata.to_dict(), array.chunks)
+    return library.Array(library.AsyncArray(metadata=meta, store_path=inner.store_path))
+
+
+def _bounded_metadata(meta: Mapping[str, Any], chunks: tuple[int, ...]) -> dict[str, Any]:
+    """An array's metadata with each compressor in a bounded one.
+
+    Raises:
+        ValueError: compressors stand where the size of what they hold is not known.
+    """
+    if meta["zarr_format"] == 3:
+        return {**meta, "codecs": _bounded_codecs(meta["codecs"])}
+    filters = [_plain(codec) for codec in meta.get("filters") or ()]
+    compressor = _plain(meta["compressor"]) if meta.get("compressor") else None
+    compressing = [c for c in (*filters, compressor) if c and c["id"] in COMPRESSORS]
+    if len(compressing) > 1 or (compressing and compressing[0] is not compressor):
+        raise ValueError("that is compressed once")
+    if compressing and compressor is not None:
+        itemsize = np.dtype(meta["dtype"]).itemsize if isinstance(meta["dtype"], str) else 0
+        compressor = {"id": _BOUNDED, "codec": compressor, "size": math.prod(chunks) * itemsize}
+    return {**meta, "filters": filters or None, "compressor": compressor}
+
+
+def _bounded_codecs(codecs: Iterable[Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    extra, before = 0, False
+    for codec in map(_plain, codecs):
+        name, settings = codec["name"].removeprefix("numcodecs."), dict(codec.get("configuration") or {})
+        if name in COMPRESSORS:
+            if before:
+                raise ValueError("that is compressed once, and not as whole shards")
+            inner = {"id": name, **settings}
+            codec = {"name": _BOUNDED, "configuration": {"codec": inner, "extra": extra}}  # noqa: PLW2901
+        elif name == "sharding_indexed":
+            codec = {**codec, "configuration": {**settings, "codecs": _bounded_codecs(settings["codecs"])}}  # noqa: PLW2901
+        before |= name in COMPRESSORS or name == "sharding_indexed"
+        extra += 4 * (name == "crc32c")  # its checksum stands behind the bytes
+        found.append(codec)
+    return found
+
+
+@functools.cache
+def _register() -> None:
+    """Make zarr know the bounded codec under a name of ours, for both of its formats."""
+    import asyncio
+
+    import numcodecs.abc
+    import numcodecs.registry
+    import zarr.registry
+    from zarr.abc.codec import BytesBytesCodec
+
+    class Bounded(BytesBytesCodec):
+        """A compressor within bounds, for format 3."""
+
+        is_fixed_size = False
+
+        def __init__(self, codec: Mapping[str, Any], extra: int) -> None:
+            self.codec, self.extra = dict(codec), extra
+
+        @classmethod
+        def from_dict(cls, data: Any) -> Any:
+            return cls(**data["configuration"])
+
+        def to_dict(self) -> Any:
+            return {"name": _BOUNDED, "configuration": {"codec": self.codec, "extra": self.extra}}
+
+        async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+            size = math.prod(chunk_spec.shape) * chunk_spec.dtype.to_native_dtype().itemsize + self.extra
+            data = chunk_bytes.to_bytes()
+            found = await asyncio.to_thread(decompressed, data, self.codec["id"], self.codec, size)
+            return chunk_spec.prototype.buffer.from_array_like(np.frombuffer(found, np.dtype("B")))
+
+        def compute_encoded_size(self, input_byte_length: int, _chunk_spec: Any) -> int:
+            raise NotImplementedError
+
+    class BoundedV2(numcodecs.abc.Codec):  # type: ignore[misc]  # the library has none
+        """Likewise, for format 2."""
+
+        codec_id = _BOUNDED
+
+        def __init__(self, codec: Mapping[str, Any], size: int) -> None:
+            self.codec, self.size = dict(codec), size
+
+        def encode(self, _buf: Any) -> Any:
+            raise NotImplementedError
+
+        def decode(self, buf: Any, _out: Any = None) -> Any:
+            return decompressed(bytes(buf), self.codec["id"], self.codec, self.size)
+
+    zarr.registry.register_codec(_BOUNDED, Bounded)
+    numcodecs.registry.register_codec(BoundedV2, _BOUNDED)
