@@ -17,6 +17,7 @@ from torch import Tensor
 from jacray_workers.errors import ModelError, Plain
 from jacray_workers.planning.reading import what_is_read
 from jacray_workers.problem.blame import accuse
+from jacray_workers.problem.cache import READS_OWN
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.resolve import place
 from jacray_workers.trust import independence
@@ -66,7 +67,9 @@ def stand(problem: Problem, batch: Sequence[Tensor]) -> Standing:
             Plain(found.why),
             "keep the state, or the source of random numbers, as an attribute of a module, or take it out",
         )
-    read = "nothing" if problem.training else what_is_read(problem, batch)
+    read, own = ("nothing", True) if problem.training else what_is_read(problem, batch)
+    if own:
+        problem.memo[READS_OWN] = True
     if read != "nothing":
         good = found.independent and found.same_alone and found.batchable and not problem.random
         if read == "marks" and good and alike(problem, batch):

@@ -7,6 +7,7 @@ is differentiated decide, as a padding mask does, a batch and its samples seldom
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from jacray_workers.errors import ModelError
 from jacray_workers.planning.watching import Watcher
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.state import written_by
+from jacray_workers.trust.reference import all_tensors
 
 # What leaves torch with the values of a tensor, and so is no operator. Not `__repr__`: it is there to be printed.
 _LEAVES = frozenset(("numpy", "__array__", "tolist", "__dlpack__", "data_ptr"))
@@ -30,22 +32,23 @@ _TAGS = frozenset((torch.Tag.data_dependent_output, torch.Tag.dynamic_output_sha
 Read = Literal["nothing", "marks", "data"]
 
 
-def what_is_read(problem: Problem, batch: Sequence[Tensor]) -> Read:
-    """Which values that depend on its inputs the model reads; called inside `problem.session()`.
+def what_is_read(problem: Problem, batch: Sequence[Tensor]) -> tuple[Read, bool]:
+    """Which values that depend on its inputs the model reads, and whether it reads any of its parameters or buffers.
 
-    `marks` are integers and booleans beside what is differentiated (a mask, token ids) and what is made from them and
-    from parameters alone; `data` is anything else.
+    Called inside `problem.session()`. `marks` are integers and booleans beside what is differentiated (a mask, token
+    ids) and what is made from them and from parameters alone; `data` is anything else.
     """
     values = problem.values(batch)
-    own = [value for leaf, value in zip(problem.leaves, values, strict=True) if leaf.side != "param"]
-    loose = [*own, *(leaf for leaf in batch if leaf.is_floating_point() or leaf.is_complex())]
-    seen = _Data([*batch, *own], loose)
-    with torch.no_grad(), _Calls(seen), _Operators(seen):
-        try:
-            problem.forward(values, batch)
-        except (RuntimeError, ValueError, TypeError, IndexError, ModelError):
-            return seen.read
-    return seen.read
+    given = [value for leaf, value in zip(problem.leaves, values, strict=True) if leaf.side != "param"]
+    loose = [*given, *(leaf for leaf in batch if leaf.is_floating_point() or leaf.is_complex())]
+    seen = _Data([*batch, *given], loose)
+    swapped = [value for leaf, value in zip(problem.leaves, values, strict=True) if leaf.side == "param"]
+    own = _Data([*all_tensors(problem).values(), *swapped], ())
+    # What does not run under the looks does not run elsewhere either, and is told there.
+    bearing = contextlib.suppress(RuntimeError, ValueError, TypeError, IndexError, ModelError)
+    with bearing, torch.no_grad(), _Calls(own), _Operators(own), _Calls(seen), _Operators(seen):
+        problem.forward(values, batch)
+    return seen.read, own.read != "nothing"
 
 
 class _Data:

@@ -187,20 +187,34 @@ def cut_off(problem: Problem, batch_of_one: Sequence[Tensor]) -> bool:
     return found is not None and found.smooth and bool((found.value.abs() > 16 * found.error).any())
 
 
-# What torch's longest messages come down to.
+# What torch's messages come down to.
+_BATCHED = "vmap cannot follow a shape that depends on a tensor's values, as indexing with a mask gives"
+_SHAPED = (
+    "under vmap a fused recurrent kernel, or a write into a tensor shared by all samples, meets shapes that it was not"
+    " made for"
+)
 _KNOWN = (
-    ("data-dependent control flow", "vmap cannot follow .item() or a branch on a tensor's value"),
-    ("vmap: inplace arithmetic", "the model writes a sample's values into a tensor shared by all samples"),
-    ("setup_context staticmethod", "a custom autograd.Function without setup_context is closed to torch.func"),
-    ("generate_vmap_rule", "a custom autograd.Function without a vmap rule is closed to vmap"),
-    ("saved tensor hooks", "saved-tensor hooks (as checkpointing uses them) are closed to torch.func"),
+    (r"data-dependent control flow", "vmap cannot follow .item() or a branch on a tensor's value"),
+    (r"vmap over torch\.(allclose|equal|is_nonzero)", r"vmap cannot follow torch.\1, whose result is a Python value"),
+    (r"operators that can support dynamic shape", _BATCHED),
+    (r"vmap: inplace arithmetic", "the model writes a sample's values into a tensor shared by all samples"),
+    (r"doesn't match the broadcast shape", _SHAPED),
+    (r"setup_context staticmethod", "a custom autograd.Function without setup_context is closed to torch.func"),
+    (r"generate_vmap_rule", "a custom autograd.Function without a vmap rule is closed to vmap"),
+    (r"saved tensor hooks", "saved-tensor hooks (as checkpointing uses them) are closed to torch.func"),
+    (r"CheckpointError", "a checkpoint runs its part of the model again, with other calls than were followed"),
     (
-        "would mutate a captured Tensor",
+        r"would mutate a captured Tensor",
         "the model writes to a buffer, or another tensor of its own, within a derivative",
     ),
-    ("Tensor.requires_grad_()", "the model takes derivatives itself, by autograd and not by torch.func"),
-    ("is incompatible with .grad()", "a reentrant checkpoint allows only a whole backward pass"),
-    ("_flat_weights", "fused recurrent kernels are closed to vmap"),
+    (r"Tensor\.requires_grad_\(\)", "the model takes derivatives itself, by autograd and not by torch.func"),
+    (r"is incompatible with \.grad\(\)", "a reentrant checkpoint allows only a whole backward pass"),
+    (r"_flat_weights", "fused recurrent kernels are closed to vmap"),
+    (r"use forward AD with (\w+) that does not support it", r"torch's \1 has no forward-mode derivative"),
+    (
+        r"Cannot access data pointer",
+        "the model takes a tensor's numbers out of torch (numpy); torch.func forbids that",
+    ),
 )
 
 
@@ -213,8 +227,8 @@ def why(error: BaseException) -> str:
     elif isinstance(error, UserError):
         return error.rule if error.value is None else f"{error.rule} ({error.value})"
     for known, short in _KNOWN:
-        if known in text:
-            return short
+        if found := re.search(known, text):
+            return found.expand(short)
     if isinstance(error, MethodError):
         return text
     return f"{type(error).__name__}: {text[:200]}"

@@ -1,15 +1,15 @@
 """What was prepared for a model, kept while the model lives: a second call costs only its arithmetic.
 
-An entry is found again only when nothing that the preparation looked at has changed: the submodules and their plain
-attributes, the identity, shape, type and place of every parameter and buffer, the inputs' structure and shapes, and
-every field of the request. Values of parameters and of inputs are read afresh on every call.
+An entry is found again only when nothing that the preparation looked at has changed: the model's make-up (`makeup`),
+the inputs' structure and shapes, and every field of the request. Values of parameters and of inputs are read afresh on
+every call; where the model itself looks at its parameters' values, an entry also ends when one is written to.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -18,34 +18,54 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from jacray_workers.plan import Plan
+from jacray_workers.problem.makeup import Makeup, version
 from jacray_workers.problem.problem import Problem, as_module
 from jacray_workers.problem.resolve import moved
-from jacray_workers.problem.state import modules_of
 from jacray_workers.request import Request
 from jacray_workers.straight.reading import read
 
 PER_MODEL = 32
-_PLAIN = (bool, int, float, str, type(None))
-_entries: weakref.WeakKeyDictionary[Any, OrderedDict[Any, tuple[Problem, Plan]]] = weakref.WeakKeyDictionary()
+# In a problem's memo: the model looks at values of its own parameters or buffers.
+READS_OWN = "reads own"
+_entries: weakref.WeakKeyDictionary[Any, OrderedDict[Any, Entry]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Key:
-    """What an entry is found by, and the input leaves that were flattened to make it."""
+    """What an entry is found by, what the model has around it, and the input leaves that were flattened to make it."""
 
     parts: tuple[Any, ...]
-    leaves: list[Tensor] = field(compare=False, hash=False)
+    around: tuple[Any, ...]
+    leaves: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was prepared, and what must still be so.
+
+    Attributes:
+        around: what the model had around it; None where its own calls change that.
+        versions: of the parameters, where the model looks at their values; else None.
+    """
+
+    problem: Problem
+    plan: Plan
+    around: tuple[Any, ...] | None
+    versions: tuple[int, ...] | None
 
 
 def key_of(model: Any, inputs: Any, request: Request, workers: tuple[int, bool]) -> Key | None:
     """Everything that a preparation depends on, or None where that cannot be told or kept."""
+    # A bound method lives for one call, and what it does depends on what it is bound to.
+    if not isinstance(model, nn.Module | FunctionType):
+        return None
     try:
-        function = _function_state(model)
+        made = Makeup(model)
     except RuntimeError:
         # A parameter that was never initialised has no shape; the model is refused where it is resolved.
         return None
     leaves, spec = pytree.tree_flatten(inputs)
-    if function is None or not all(isinstance(leaf, Tensor) for leaf in leaves) or not leaves:
+    if not all(isinstance(leaf, Tensor) for leaf in leaves) or not leaves:
         return None
     asked = tuple(
         repr(value) if isinstance(value, list | dict) else value
@@ -56,12 +76,12 @@ def key_of(model: Any, inputs: Any, request: Request, workers: tuple[int, bool])
     shapes = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     # What was planned for a plain net holds for no other.
     plain = read(model) is not None
-    parts = (function, plain, shapes, spec, asked, directions, workers, torch.get_num_threads())
+    parts = (made.core, plain, shapes, spec, asked, directions, workers, torch.get_num_threads())
     try:
         hash(parts)
     except TypeError:
         return None
-    return Key(parts, leaves)
+    return Key(parts, made.around, leaves)
 
 
 def recall(model: Any, key: Key | None) -> tuple[Problem, Plan, list[Tensor]] | None:
@@ -70,10 +90,12 @@ def recall(model: Any, key: Key | None) -> tuple[Problem, Plan, list[Tensor]] | 
     if entries is None or key is None or key.parts not in entries:
         return None
     entries.move_to_end(key.parts)
-    problem, plan = entries[key.parts]
-    module = as_module(model)
+    kept = entries[key.parts]
+    if kept.around not in (None, key.around) or (kept.versions is not None and kept.versions != _versions(model)):
+        return None
+    problem, module = kept.problem, as_module(model)
     tensors = moved(module, problem.device, problem.cast)
-    return replace(problem, module=module, tensors=tensors), plan, key.leaves
+    return replace(problem, module=module, tensors=tensors), kept.plan, key.leaves
 
 
 def remember(model: Any, key: Key | None, problem: Problem, plan: Plan) -> None:
@@ -81,8 +103,10 @@ def remember(model: Any, key: Key | None, problem: Problem, plan: Plan) -> None:
     if key is None:
         return
     entries = _entries.setdefault(model, OrderedDict())
+    around = key.around if Makeup(model).around == key.around else None
+    versions = _versions(model) if problem.memo.get(READS_OWN) else None
     # Without the module and its tensors: an entry that held its own model would keep it alive for ever.
-    entries[key.parts] = replace(problem, module=_NOBODY, tensors={}), plan
+    entries[key.parts] = Entry(replace(problem, module=_NOBODY, tensors={}), plan, around, versions)
     while len(entries) > PER_MODEL:
         entries.popitem(last=False)
 
@@ -92,51 +116,12 @@ def forget() -> None:
     _entries.clear()
 
 
+def _versions(model: Any) -> tuple[int, ...]:
+    """How often each parameter was written to."""
+    return tuple(version(p) for p in as_module(model).parameters())
+
+
 _NOBODY = nn.Module()
-
-
-def _function_state(model: Any) -> tuple[Any, ...] | None:
-    """The make-up of a module or a plain function without the values of tensors; None where it cannot be seen."""
-    if isinstance(model, nn.Module):
-        return _module_state(model)
-    # A bound method lives for one call, and what it does depends on what it is bound to.
-    if not isinstance(model, FunctionType):
-        return None
-    code, named = model.__code__, model.__kwdefaults__ or {}
-    try:
-        cells = [cell.cell_contents for cell in (model.__closure__ or ())]
-    except ValueError:
-        # A cell that is not filled yet.
-        return None
-    held = tuple(map(_identity, (*cells, *(model.__defaults__ or ()), *named, *named.values())))
-    # A function that reads a global can change behind our back.
-    read = tuple((name, _identity(model.__globals__.get(name))) for name in code.co_names)
-    return (code, held, read)
-
-
-def _module_state(module: nn.Module) -> tuple[Any, ...]:
-    return tuple(_part_state(part) for part in modules_of(module))
-
-
-def _part_state(m: nn.Module) -> tuple[Any, ...]:
-    """One submodule without those below it: what it is, its plain attributes, and its tensors but for their values."""
-    # `training` is set by the request, whatever the caller's module says.
-    plain = [(k, v) for k, v in m.__dict__.items() if type(v) in _PLAIN and k != "training"]
-    tensors = [
-        (name, id(t), t.shape, t.dtype, t.device)
-        for table in (m._parameters, m._buffers)
-        for name, t in table.items()
-        if t is not None
-    ]
-    names = (*m._modules, *map(id, m._modules.values()))
-    return type(m), len(m._forward_hooks), len(m._forward_pre_hooks), names, *plain, *tensors
-
-
-def _identity(value: Any) -> Any:
-    """A number or a text by its value, a module by its make-up, anything else by its identity."""
-    if type(value) in _PLAIN:
-        return value
-    return _module_state(value) if isinstance(value, nn.Module) else id(value)
 
 
 def _shapes(directions: Any) -> Any:
