@@ -117,11 +117,36 @@ class Raises(Toy):
         raise MineError(7, "the reactor is cold")
 
 
-class Scales(Toy):
+class Scales(nn.Module):
     """Writes into its own parameters before each use, so that every worker that shares them would see others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear.weight.data.mul_(2)
+        return torch.tanh(self.linear(x))
+
+
+class ScalesAtWork(Toy):
+    """Writes into its own parameters on workers only."""
 
     def work(self, x: Tensor) -> None:
         self.linear.weight.data.mul_(2)
+
+
+class Deep(nn.Module):
+    """Takes its time: every row is pulled back through many layers, each a matter of milliseconds."""
+
+    def __init__(self, layers: int = 60, width: int = 1024) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.inner = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x))
 
 
 class WhereMemoryLies(nn.Module):
@@ -171,6 +196,43 @@ class Checked(torch.autograd.Function):
     def forward(x: Tensor, poison: str, bound: float) -> Tensor:
         if Path(poison).exists() and float(x.detach().max()) > bound:
             raise ValueError("poison")
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(_ctx, g):
+        return g, None, None
+
+    @staticmethod
+    def jvp(_ctx, t, *_):
+        return t
+
+
+class Waits(nn.Module):
+    """Waits for a file where it sees a sample; the same everywhere, so that one plan serves all."""
+
+    def __init__(self, gate: Path, sample: Tensor) -> None:
+        super().__init__()
+        self.net = mlp()
+        self.gate = str(gate)
+        self.register_buffer("sample", sample.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(Held.apply(x, self.sample, self.gate))
+
+
+class Held(torch.autograd.Function):
+    """The identity, which waits for a file where it sees a sample."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, sample: Tensor, gate: str) -> Tensor:
+        while not Path(gate).exists() and bool((x == sample).all(-1).any()):
+            time.sleep(0.02)
         return x.clone()
 
     @staticmethod

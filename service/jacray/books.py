@@ -13,6 +13,7 @@ from jacray_workers.plan import Plan
 from jacray_workers.shard import ShardResult
 
 from jacray.journal import JobRow, Journal, differing
+from jacray.mirror import Mirror
 from jacray.plans import PINNED, pins, read_plan
 from jacray.record import Record
 from jacray.target import JOURNAL, Target
@@ -24,15 +25,17 @@ class Books:
 
     Attributes:
         target: where the results go.
-        journal: in the target's folder.
+        journal: in the target's folder, or for a URL on this machine.
         digests: what the job is.
         row: the job as an earlier run left it, or as it was entered.
+        mirror: what copies the journal to a URL; None for a folder.
     """
 
     target: Target
     journal: Journal
     digests: Mapping[str, str]
     row: JobRow | None = None
+    mirror: Mirror | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -52,6 +55,8 @@ class Books:
                 )
             )  # fmt: skip
         self.journal.begin(self.row.id)
+        if self.mirror is not None:
+            self.mirror.begin()
         return self.row.id
 
     def record(self, plan: Plan) -> Record:
@@ -65,7 +70,7 @@ class Books:
             if self.row is not None:
                 self._note(self.row.id, error)
         finally:
-            self.journal.close()
+            _close(self.journal, self.mirror)
 
     def _note(self, identity: str, error: BaseException | None) -> None:
         if error is None:
@@ -78,7 +83,7 @@ class Books:
 
 
 def open_books(target: Target | None, digests: Callable[[], Mapping[str, str]]) -> Books | None:
-    """The books of a job; None for a job that nothing is kept of: one in memory, or behind a URL.
+    """The books of a job; None for a job that nothing is kept of: one in memory.
 
     Args:
         target: where the results go.
@@ -88,9 +93,13 @@ def open_books(target: Target | None, digests: Callable[[], Mapping[str, str]]) 
         JobError: another process computes into that folder, or it holds another job; names what differs.
         StorageError: the journal cannot be written.
     """
-    if target is None or target.path is None:
+    if target is None:
         return None
-    journal = Journal(target.path / JOURNAL)
+    if target.path is None:
+        mirror: Mirror | None = Mirror(target)
+        journal = mirror.journal
+    else:
+        mirror, journal = None, Journal(target.path / JOURNAL)
     try:
         found = digests()
         earlier = next(iter(journal.jobs()), None)
@@ -100,9 +109,16 @@ def open_books(target: Target | None, digests: Callable[[], Mapping[str, str]]) 
             raise JobError("to", f"holds another job ({'; '.join(changed)})", Plain(target.url), way_out)
         earlier = _unless_broken(journal, target, earlier)
     except BaseException:
-        journal.close()
+        _close(journal, mirror)
         raise
-    return Books(target, journal, found, earlier)
+    return Books(target, journal, found, earlier, mirror)
+
+
+def _close(journal: Journal, mirror: Mirror | None) -> None:
+    if mirror is None:
+        journal.close()
+    else:
+        mirror.close()
 
 
 def _pinned(found: Mapping[str, str], earlier: JobRow) -> dict[str, str]:
@@ -113,7 +129,7 @@ def _pinned(found: Mapping[str, str], earlier: JobRow) -> dict[str, str]:
 
 
 def _unless_broken(journal: Journal, target: Target, earlier: JobRow | None) -> JobRow | None:
-    """The earlier job, unless its store is complete but damaged in a way that only computing all of it mends."""
+    """The earlier job, unless its store is complete but its sums are damaged, which only computing all of it mends."""
     from jacray import store
 
     if earlier is None or not store.exists(target):
@@ -122,7 +138,7 @@ def _unless_broken(journal: Journal, target: Target, earlier: JobRow | None) -> 
     if opened.plan.digest != earlier.plan_digest:
         raise JobError("to", "holds a store that is not its journal's", Plain(target.url), "choose another folder")
     # The parts that sums were made of are gone once they are made.
-    if opened.complete and any(a.axis < 0 for a in opened.plan.arrays) and any(store.damages(opened)):
+    if opened.complete and any(store.damaged_sums(opened)):
         store.remove(target)
         journal.forget(earlier.id)
         return None
@@ -130,17 +146,19 @@ def _unless_broken(journal: Journal, target: Target, earlier: JobRow | None) -> 
 
 
 def _intact(target: Target) -> Callable[[ShardResult], bool]:
-    """Reads what a shard wrote and compares its checksums."""
+    """Reads what a shard wrote and compares its checksums, or behind a URL looks whether it is there."""
+    recheck = target.path is not None if target.recheck is None else target.recheck
     opened: list[Any] = []
 
     def intact(result: ShardResult) -> bool:
         from jacray import store
 
         if not opened:
-            opened.append(store.open_store(target))
-        found = opened[0]
-        arrays = found.arrays
-        left = [w for w in result.written if not (found.complete and arrays[w.key].axis < 0)]
-        return bool(result.written) and all(store.verify(found, written) for written in left)
+            found = store.open_store(target)
+            opened.extend((found, store.added_up(found)))
+        found, added = opened
+        still = store.verify if recheck else store.standing
+        left = [w for w in result.written if not (found.arrays[w.key].axis < 0 and w.start < added)]
+        return bool(result.written) and all(still(found, written) for written in left)
 
     return intact

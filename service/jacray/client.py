@@ -13,13 +13,11 @@ from types import TracebackType
 from typing import Any, Self, Unpack, cast
 
 from jacray_workers.engine import Prepared, prepare
-from jacray_workers.errors import JobError, RequestError, StorageError
+from jacray_workers.errors import JobError, StorageError
 from jacray_workers.models import as_model
 from jacray_workers.plan import Plan
 from jacray_workers.request import Request, make_request
-from jacray_workers.sources.loaded import Loaded
 from jacray_workers.sources.ranged import Rows
-from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from jacray.books import Books, open_books
@@ -34,6 +32,7 @@ from jacray.fields import AllFields
 from jacray.job import Job
 from jacray.journal import differing
 from jacray.limits import Door, Limits, Load
+from jacray.orders import Order, check_shards, in_units, loaded
 from jacray.outcome import begin_store
 from jacray.receipt import Ledger
 from jacray.result import Result
@@ -87,7 +86,7 @@ class Client:
         shard_size: int | None = None,
         limits: Limits | None = None,
     ) -> None:
-        _check_shards(shard_timeout, shard_size)
+        check_shards(shard_timeout, shard_size)
         self._address = address
         self._executor = make_executor(
             WorkerOptions(address, workers, cpus_per_worker, gpus_per_worker, resources or {}, runtime_env or {})
@@ -155,7 +154,7 @@ class Client:
         if self.closed:
             raise JobError("client", "is closed", None, "make a new jacray.Client")
         asked = self._completed(make_request(request, **fields))
-        order = _Order(as_model(model), _loaded(x), asked, None if to is None else as_target(to), key, on_error, user)
+        order = Order(as_model(model), loaded(x), asked, None if to is None else as_target(to), key, on_error, user)
         if key is None:
             return self._start(order)
         # One at a time, so that two threads with one key cannot both be first.
@@ -209,22 +208,22 @@ class Client:
             changes["device"] = self._executor.device
         return make_request(request, **changes) if changes else request
 
-    def _digests(self, order: _Order) -> dict[str, str]:
+    def _digests(self, order: Order) -> dict[str, str]:
         inputs = order.loaded.inputs
         known = inputs.digest if isinstance(inputs, Rows) else inputs
         return digests(order.model, known, order.request, self._executor.threads)
 
-    def _start(self, order: _Order) -> Job:
+    def _start(self, order: Order) -> Job:
         books = open_books(order.target, lambda: self._digests(order))
         try:
-            with self._door.trying(Load(1, 0, _nbytes(order.model, order.loaded.inputs))) as load:
+            with self._door.trying(Load(1, 0, order.nbytes)) as load:
                 return self._prepare(order, books, load)
         except BaseException as error:
             if books is not None:
                 books.end(error)
             raise
 
-    def _prepare(self, order: _Order, books: Books | None, load: Load) -> Job:
+    def _prepare(self, order: Order, books: Books | None, load: Load) -> Job:
         began = time.perf_counter()
         prepared, plan = self._plan(order, None if books is None else books.plan)
         check_on_error(order.on_error, plan)
@@ -240,14 +239,16 @@ class Client:
                 ledger.job = books.enter(plan, order.key, order.user)
             if order.target is not None:
                 begin_store(order.target, prepared, plan, order.loaded.fields, order.loaded.start)
-            task = self._executor.keep(ledger.job, Payload(order.model, inputs, order.request, plan, order.target))
+            writes = bool(prepared.problem.written)
+            payload = Payload(order.model, inputs, order.request, plan, order.target, writes)
+            task = self._executor.keep(ledger.job, payload)
             task.user, task.timeout = order.user, self._shard_timeout
             ledger.seconds["send"] = time.perf_counter() - began
             # What is left of the preparation only gives the results their structure.
             prepared = replace(prepared, leaves=(), cotangents=None, tangents=None)
             return self._launch(_Work(task, prepared, ledger, order.on_error, load.plus(shards), books))
 
-    def _plan(self, order: _Order, earlier: Plan | None) -> tuple[Prepared, Plan]:
+    def _plan(self, order: Order, earlier: Plan | None) -> tuple[Prepared, Plan]:
         """The job prepared, and its plan: made now, or the one of an earlier run of it."""
         with torch_threads(self._executor.threads):
             prepared = prepare(
@@ -256,7 +257,8 @@ class Client:
             )  # fmt: skip
         if earlier is not None:
             return prepared, earlier
-        return prepared, replace(_in_shards(prepared.plan, self._shard_size), threads=self._executor.threads)
+        plan = in_units(prepared.plan, order.request, self._shard_size)
+        return prepared, replace(plan, threads=self._executor.threads)
 
     def _describe(self) -> dict[str, Any]:
         executor = self._executor
@@ -308,51 +310,8 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What was submitted, its arguments read."""
-
-    model: Any
-    loaded: Loaded
-    request: Request
-    target: Target | None
-    key: str | None
-    on_error: OnError
-    user: str
-
-
-@dataclass(frozen=True)
 class _Keyed:
     """A job that was submitted with a key, and what it was."""
 
     job: Job
     digests: Mapping[str, str]
-
-
-def _in_shards(plan: Plan, size: int | None) -> Plan:
-    """The plan with shards of about so many samples: whole chunks each, or smaller chunks where these are larger."""
-    if size is None or plan.row_cuts:
-        return plan
-    chunk = min(plan.chunk_size, size)
-    return replace(plan, chunk_size=chunk, shard_size=min(plan.samples, size // chunk * chunk))
-
-
-def _loaded(x: Any) -> Loaded:
-    """What was submitted as inputs, with what is known of the samples."""
-    if isinstance(x, Rows):
-        return Loaded(x, start=x.start)
-    return x if isinstance(x, Loaded) else Loaded(x)
-
-
-def _nbytes(module: Any, x: Any) -> int:
-    """Bytes of a model and its inputs; samples that workers read themselves take none here."""
-    x = () if isinstance(x, Rows) else x
-    held = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
-    leaves = [leaf for leaf in pytree.tree_leaves(x) if hasattr(leaf, "nbytes") or isinstance(leaf, Tensor)]
-    return sum(int(part.nbytes) for part in [*held, *leaves])
-
-
-def _check_shards(timeout: Any, size: Any) -> None:
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
-        raise RequestError("shard_timeout", "must be a number of seconds above 0, or None", timeout)
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise RequestError("shard_size", "must be a whole number of samples, at least 1, or None", size)

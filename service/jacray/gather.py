@@ -34,11 +34,16 @@ class Gathering(Protocol):
 
 
 class Sum:
-    """Partial sums added up in the shards' order, whatever order they come in; those that came early wait."""
+    """Partial sums added up in the shards' order, whatever order they come in; those that came early wait.
 
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.count = 0
+    Args:
+        total: what is added up already, of an earlier run of the same job.
+        count: of how many shards that is.
+    """
+
+    def __init__(self, total: Tensor | None = None, count: int = 0) -> None:
+        self.total = total
+        self.count = count
         self.waiting: dict[int, Tensor | None] = {}
         self._own = False
 

@@ -233,6 +233,33 @@ class Journal:
         return replace(Counts(**by_state), retries=sum(extra for _, _, extra in rows))
 
     @property
+    def changes(self) -> int:
+        """How many rows were written since it was opened."""
+        with self._lock:
+            return self._db.total_changes
+
+    def copied(self, path: Path) -> bytes:
+        """A copy of what is in it now, made at a new path, as the bytes of one file.
+
+        Raises:
+            StorageError: there is no room for it.
+        """
+        with self._lock, self._storage(), contextlib.closing(sqlite3.connect(path)) as copy:
+            self._db.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")
+        return path.read_bytes()
+
+    def replace(self, other: Journal) -> None:
+        """Take over everything that another holds, in place of what is here."""
+        with self._writing():
+            self._run("DELETE FROM shards")
+            self._run("DELETE FROM jobs")
+            for job in other.jobs():
+                self._insert("jobs", _JOB, job, {})
+                for row in other.shards(job.id):
+                    self.put(job.id, row)
+
+    @property
     def alone(self) -> bool:
         """Whether no process writes to it now, so that what is `running` in it was interrupted."""
         if self._held is not None:

@@ -39,10 +39,12 @@ def begin_store(
     """
     from jacray import store
 
+    if store.exists(target):
+        return store.reopen(target, plan)
     keys = {array.key: array.key for array in plan.arrays}
     trees = assemble(replace(prepared, plan=plan), keys)
     structure = {name: to_json(tree, str) for name, tree in trees.items()}
-    return store.begin(target, plan, structure, fields, start)
+    return store.create(target, plan, structure, fields, start)
 
 
 def gathering(plan: Plan, target: Target | None) -> Gathering:

@@ -83,5 +83,10 @@ def _result(row: ShardRow, shard: Shard) -> ShardResult:
         row.seconds,
         detail["chunk_size"],
         dict(detail["facts"]),
-        tuple(Written(**{**w, "rows": w["rows"] and tuple(w["rows"])}) for w in detail["written"]),
+        written_by(row),
     )
+
+
+def written_by(row: ShardRow) -> tuple[Written, ...]:
+    """What a shard that is done has written into its job's store."""
+    return tuple(Written(**{**w, "rows": w["rows"] and tuple(w["rows"])}) for w in row.detail["written"])

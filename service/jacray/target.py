@@ -22,11 +22,15 @@ class Target:
         url: an absolute path, or a URL that fsspec knows (`s3://BUCKET/RUN`, `gs://...`), without a slash at its end.
         options: what fsspec takes besides, such as `{"endpoint_url": ...}`.
         compression: the name of a codec that chunks go through, or None; Jacobians hardly compress.
+        recheck: whether a job that is taken up again reads all that is finished and compares its checksums, or looks
+            only whether all of it is there and as large as it must be. None reads what is on this machine's disks: an
+            object in a store is whole or not there, and reading all would bring all of it over the net.
     """
 
     url: str
     options: Mapping[str, Any] = field(default_factory=dict)
     compression: str | None = None
+    recheck: bool | None = None
 
     @property
     def path(self) -> Path | None:
@@ -41,22 +45,31 @@ class Target:
 
     def read(self, name: str) -> str | None:
         """The text of a file beside the numbers; None where there is none."""
+        found = self.read_bytes(name)
+        return None if found is None else found.decode()
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """What is in a file beside the numbers; None where there is none."""
         try:
             if self.path is not None:
-                return (self.path / name).read_text(encoding="utf-8")
-            return str(self._files().read_text(f"{self.url}/{name}", encoding="utf-8"))
+                return (self.path / name).read_bytes()
+            return bytes(self._files().cat_file(f"{self.url}/{name}"))
         except FileNotFoundError:
             return None
 
     def write(self, name: str, text: str) -> None:
         """Put a text beside the numbers, whole or not at all."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Put a file beside the numbers, whole or not at all."""
         if self.path is None:
-            self._files().pipe_file(f"{self.url}/{name}", text.encode())
+            self._files().pipe_file(f"{self.url}/{name}", data)
             return
         self.path.mkdir(parents=True, exist_ok=True)
         beside = self.path / f".{name}.{os.getpid()}"
         try:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_bytes(data)
             beside.replace(self.path / name)
         except OSError:
             beside.unlink(missing_ok=True)

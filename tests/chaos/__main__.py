@@ -1,4 +1,4 @@
-"""Every fault, many times, counted: `python -m tests.chaos [--seeds 20] [--shards 200] [--only NAME]`."""
+"""Every fault, many times, counted: `python -m tests.chaos [--seeds 20] [--shards 200] [--only NAME] [--first 0]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jacray
@@ -42,7 +42,7 @@ def all_faults(client: jacray.Client) -> dict[str, Fault]:
     return found
 
 
-def rows(seeds: int, shards: int, only: str | None) -> Iterator[tuple[str, list[Verdict]]]:
+def rows(seeds: Sequence[int], shards: int, only: str | None) -> Iterator[tuple[str, list[Verdict]]]:
     """Each fault's verdicts."""
     folder = Path(tempfile.mkdtemp(prefix="jacray-chaos-"))
     mounts = faults.can_mount(folder / "probe")
@@ -50,17 +50,14 @@ def rows(seeds: int, shards: int, only: str | None) -> Iterator[tuple[str, list[
         with jacray.Client("local", workers=2, shard_size=4, shard_timeout=10) as client:
             for name, fault in all_faults(client).items():
                 if only in (None, name) and (mounts or not name.startswith("disk")):
-                    yield name, [fault(Ground(folder / f"{name}-{seed}", shards), seed) for seed in range(seeds)]
+                    yield name, [fault(Ground(folder / f"{name}-{seed}", shards), seed) for seed in seeds]
         if only in (None, "node_killed"):
             # The first one leaves this process's Ray before a cluster of several nodes is made. Long enough for the
             # late node to come.
             longer = max(shards, 100)
             yield (
                 "node_killed",
-                [
-                    nodes.node_killed(Ground(folder / f"node-{seed}", longer, 0.05), seed)
-                    for seed in range(min(2, seeds))
-                ],
+                [nodes.node_killed(Ground(folder / f"node-{seed}", longer, 0.05), seed) for seed in seeds[:2]],
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -71,11 +68,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--shards", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="the first seed: many seeds can be tried in pieces")
     parser.add_argument("--only")
     given = parser.parse_args()
     table = Table("fault", "runs", "injected", "retries", "kept", "seconds", "wrong")
     wrong = 0
-    for name, verdicts in rows(given.seeds, given.shards, given.only):
+    for name, verdicts in rows(range(given.first, given.first + given.seeds), given.shards, given.only):
         found = [fault for verdict in verdicts for fault in verdict.faults]
         wrong += len(found)
         counts = [

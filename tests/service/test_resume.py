@@ -111,10 +111,8 @@ def test_another_number_of_workers_goes_on_with_the_same_shards(tmp_path) -> Non
         same(result, client.submit(model, x, **FIELDS).result(timeout=60))
 
 
-def chunks(run: Path) -> list[Path]:
-    return sorted(
-        path for path in (run / "results.zarr/jacobian").rglob("*") if path.is_file() and path.parent.name != "jacobian"
-    )
+def chunks(run: Path, key: str = "jacobian") -> list[Path]:
+    return sorted(path for path in (run / "results.zarr" / key / "c").rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "gone"])
@@ -131,7 +129,7 @@ def test_a_damaged_block_is_found_and_computed_again(client, tmp_path, damage, r
     job = client.submit(mlp(), X, to=tmp_path / "run", **fields)
     result = job.result(timeout=60)
     assert torch.equal(torch.as_tensor(result.jacobian), torch.as_tensor(quiet))
-    assert len(done(job)) == (1 if returns == ["jacobian"] else 10)  # the parts of sums are gone
+    assert len(done(job)) == 1
 
 
 def test_cancelling_keeps_what_is_finished(client, tmp_path) -> None:
@@ -328,3 +326,105 @@ def test_changed_data_behind_the_same_spec_are_refused(spec, capsys) -> None:
     capsys.readouterr()
     assert main(arguments) == 1
     assert "holds another job (inputs was" in capsys.readouterr().err
+
+
+def test_damage_is_told_and_repaired(spec, capsys) -> None:
+    from jacray.cli import main
+
+    assert main(["verify", "out"]) == 1
+    assert "path: must hold the results of a run; got " in capsys.readouterr().err
+    assert main(["run", spec, "request.returns=[outputs, jacobian, gram]"]) == 0
+    numbers = {name: torch.as_tensor(value).clone() for name, value in jacray.load("out")}
+    capsys.readouterr()
+    assert main(["verify", "out"]) == 0
+    assert "10 of 10 shards are finished, and hold what was written" in capsys.readouterr().out
+    places, others = chunks(Path("out")), chunks(Path("out"), "outputs")
+    places[3].write_bytes(places[3].read_bytes()[:-7])
+    places[5].unlink()
+    others[7].write_bytes(others[8].read_bytes())  # whole, and another's
+    assert main(["verify", "out"]) == 1
+    told = capsys.readouterr().out
+    assert "3 blocks are lost or damaged" in told
+    for what, word in (
+        ("jacobian, samples 12 to 15", "damaged"),
+        ("jacobian, samples 20 to 23", "lost"),
+        ("outputs, samples 28 to 31", "damaged (its checksum is"),
+    ):
+        assert f"{what}: {word}" in told
+    assert main(["verify", "out", "--repair"]) == 0
+    told = capsys.readouterr().out
+    assert "7 of 10 shards were finished before and are kept" in told  # the sum was intact
+    assert told.splitlines()[-1] == "out: 10 of 10 shards are finished, and hold what was written"
+    for name, value in jacray.load("out"):
+        assert torch.equal(torch.as_tensor(value), numbers[name])
+
+
+def test_a_damaged_sum_takes_all_shards(spec, capsys) -> None:
+    from jacray.cli import main
+
+    assert main(["run", spec, "request.returns=[gram]"]) == 0
+    numbers = torch.as_tensor(jacray.load("out").gram).clone()
+    victim = next(p for p in Path("out/results.zarr/gram/c").rglob("*") if p.is_file())
+    victim.write_bytes(victim.read_bytes()[:-1])
+    capsys.readouterr()
+    assert main(["verify", "out"]) == 1
+    assert "gram, the whole array: damaged" in capsys.readouterr().out
+    assert main(["verify", "out", "--repair"]) == 0
+    assert torch.equal(torch.as_tensor(jacray.load("out").gram), numbers)
+
+
+def test_what_cannot_be_repaired_from_its_folder_says_how(client, tmp_path, capsys) -> None:
+    from jacray.cli import main
+
+    client.submit(mlp(), X, to=tmp_path / "run", **FIELDS).result(timeout=60)
+    victim = chunks(tmp_path / "run")[2]
+    victim.unlink()
+    assert main(["verify", str(tmp_path / "run"), "--repair"]) == 1
+    assert "must hold spec.yaml to be repaired from here" in capsys.readouterr().err
+    client.submit(mlp(), X, to=tmp_path / "run", **FIELDS).result(timeout=60)
+    assert main(["verify", str(tmp_path / "run")]) == 0
+
+
+def parts(run: Path) -> set[int]:
+    """The shards whose parts of a sum are on disk."""
+    return {int(path.name) for path in (run / "results.zarr/parts/gram/c").glob("*") if any(path.rglob("*"))}
+
+
+def test_the_parts_of_sums_go_once_they_are_added_up_and_a_resumed_sum_has_the_same_bits(tmp_path) -> None:
+    model, x, poison = poisoned(tmp_path, at=37)
+    fields = {**FIELDS, "chunk_size": 1}
+    with jacray.Client("inline", shard_size=1) as client:
+        quiet = client.submit(model, x, **fields).result(timeout=60)
+        poison.touch()
+        with pytest.raises(Exception, match="poison"):
+            client.submit(model, x, to=tmp_path / "run", **fields).result(timeout=60)
+        assert parts(tmp_path / "run") == {32, 33, 34, 35, 36, 38, 39}
+        kept = [path.name for path in (tmp_path / "run/results.zarr/parts").glob("kept.*")]
+        assert kept == ["kept.32"]
+        poison.unlink()
+        half = tmp_path / "run/results.zarr/gram/c/0/0.abc.partial"
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.touch()
+        job = client.submit(model, x, to=tmp_path / "run", **fields)
+        same(job.result(timeout=60), quiet)
+        assert done(job) == [37]
+        assert not half.exists()
+        assert not (tmp_path / "run/results.zarr/parts").exists()
+
+
+def test_sums_so_far_that_are_damaged_are_made_anew(tmp_path) -> None:
+    model, x, poison = poisoned(tmp_path, at=37)
+    fields = {**FIELDS, "chunk_size": 1}
+    with jacray.Client("inline", shard_size=1) as client:
+        quiet = client.submit(model, x, **fields).result(timeout=60)
+        poison.touch()
+        with pytest.raises(Exception, match="poison"):
+            client.submit(model, x, to=tmp_path / "run", **fields).result(timeout=60)
+        poison.unlink()
+        for path in (tmp_path / "run/results.zarr/parts/kept.32").rglob("c/*"):
+            for file in path.rglob("*"):
+                if file.is_file():
+                    file.write_bytes(file.read_bytes()[:-1])
+        job = client.submit(model, x, to=tmp_path / "run", **fields)
+        same(job.result(timeout=60), quiet)
+        assert done(job) == [*range(32), 37]

@@ -26,6 +26,7 @@ from jacray_workers.transfer import Landing
 from jacray_workers.trust import finite
 from jacray_workers.trust.alike import Judge
 from jacray_workers.trust.checks import check_shard
+from jacray_workers.unwanted import listening
 
 if TYPE_CHECKING:
     from jacray_workers.engine import Prepared
@@ -47,7 +48,7 @@ def run_shard(
     Args:
         prepared: the job.
         shard: which samples.
-        cancelled: asked between chunks; True ends the shard.
+        cancelled: asked between chunks, and between the passes within one; True ends the shard.
         on_samples: told how many more samples are done.
         into: buffers by array key to write to, of the range's shape; made where absent.
 
@@ -83,7 +84,7 @@ def _run(
         if cancelled is not None and cancelled():
             raise JobError("job", "was cancelled", f"after {at - shard.start} samples of shard {shard.index}")
 
-    with prepared.problem.session(), contextlib.closing(Landing(prepared.problem.device)) as landing:
+    with prepared.problem.session(), listening(pause), contextlib.closing(Landing(prepared.problem.device)) as landing:
         # Inside, for a buffer made under the caller's inference mode could not be written to here.
         buffers = _Buffers(prepared, shard, into, landing)
         reducer = Reducer(prepared, shard, buffers, pause)
@@ -119,6 +120,8 @@ def _run(
 
 def _whose(prepared: Prepared, start: int, stop: int, error: Exception) -> Exception:
     """The error to raise: the model's own mistakes are the caller's to mend."""
+    if isinstance(error, JobError):  # nobody wants the work any more
+        return error
     batch = place(prepared.problem, [leaf[start:stop] for leaf in prepared.leaves])
     return accuse(prepared.problem, batch, start, error) or error
 

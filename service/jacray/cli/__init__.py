@@ -137,23 +137,34 @@ def submit(file: str, overrides: tuple[str, ...], url: str, debug: bool) -> None
 
 
 @group.command()
-@click.argument("job", metavar="[RUN_FOLDER | ID]", required=False)
+@click.argument("job", metavar="[RUN_FOLDER | URL | ID]", required=False)
 @click.option("--shards", is_flag=True, help="Of a run folder: list every shard that something has happened to.")
 @click.option("--json", "as_json", is_flag=True, help="Of a run folder: as one JSON object a line.")
 @_URL
 @_DEBUG
 def status(job: str | None, shards: bool, as_json: bool, url: str, debug: bool) -> None:  # noqa: ARG001 - as above
-    """Print how the run in a folder stands, how far a job of a service is, or your latest jobs there."""
+    """Print how a run in a folder or behind a URL stands, how far a service's job is, or your latest jobs there."""
     from pathlib import Path
 
-    if job is not None and Path(job).is_dir():
+    if job is not None and (Path(job).is_dir() or "://" in job):
         from jacray.cli.standing import show_run
 
-        show_run(Path(job), shards=shards, as_json=as_json)
+        show_run(job, shards=shards, as_json=as_json)
         return
     from jacray.cli.remote import show_status
 
     show_status(job, url)
+
+
+@group.command()
+@click.argument("path", metavar="RUN_FOLDER | URL")
+@click.option("--repair", is_flag=True, help="Compute again what is lost or damaged.")
+@_DEBUG
+def verify(path: str, repair: bool, debug: bool) -> int:  # noqa: ARG001 - `guarded` looks for it
+    """Read all numbers of a run again and compare them with their checksums. Exits 1 where some are damaged."""
+    from jacray.cli.checking import verify_run
+
+    return verify_run(path, repair=repair)
 
 
 @group.command()

@@ -7,38 +7,43 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import click
+from jacray_workers.errors import Plain, UserError
 from rich.console import Console
 from rich.table import Table
 
 from jacray.journal import Counts, JobRow, Journal, ShardRow
-from jacray.target import JOURNAL
+from jacray.mirror import reading
+from jacray.target import as_target
 
 _MOST_FAILED = 10
 _WIDE = 200  # where there is no terminal, nothing should be broken into lines
 
 
-def show_run(folder: Path, *, shards: bool = False, as_json: bool = False) -> None:
-    """Print how the run in a folder stands.
+def show_run(place: str, *, shards: bool = False, as_json: bool = False) -> None:
+    """Print how the run in a folder or behind a URL stands.
 
     Args:
-        folder: the run's.
+        place: the run's. Behind a URL is a copy of its journal, a few seconds old while the job runs.
         shards: list every shard that something has happened to.
         as_json: as one JSON object a line: the job, then its shards.
 
     Raises:
-        UserError: the folder holds no journal.
+        UserError: there is no journal.
     """
-    with Journal(folder / JOURNAL, read_only=True) as journal:
-        alone = journal.alone
+    target = as_target(place)
+    with reading(target) as journal:
+        if journal is None:
+            raise UserError("path", "must hold a journal", Plain(target.url), "a run writes one into its folder")
+        # Nobody can tell from here whether a coordinator elsewhere still lives.
+        alone = target.path is not None and journal.alone
         for job in journal.jobs():
             if as_json:
                 _print_json(journal, job, alone, shards)
             else:
-                _print_table(_rows(journal, job, alone, folder))
+                _print_table(_rows(journal, job, alone, target.url))
                 if shards:
                     _print_shards(journal.shards(job.id))
 
@@ -48,7 +53,7 @@ def state_of(job: JobRow, *, alone: bool) -> str:
     return "interrupted" if alone and job.state in ("queued", "running") else job.state
 
 
-def _rows(journal: Journal, job: JobRow, alone: bool, folder: Path) -> Iterator[tuple[str, str]]:
+def _rows(journal: Journal, job: JobRow, alone: bool, place: str) -> Iterator[tuple[str, str]]:
     counts, state = journal.counts(job.id), state_of(job, alone=alone)
     yield "job", job.id
     yield "state", f"{state}: {job.error}" if job.error else state
@@ -62,7 +67,7 @@ def _rows(journal: Journal, job: JobRow, alone: bool, folder: Path) -> Iterator[
     for row in _first(journal.shards(job.id, ["failed"]), _MOST_FAILED):
         yield f"shard {row.shard}", f"failed after {row.attempt} attempts: {row.error}"
     if state not in ("done", "running", "queued"):
-        yield "to go on", f"run the same command again: shards that are finished in {folder} are kept"
+        yield "to go on", f"run the same command again: shards that are finished in {place} are kept"
 
 
 def _shards(counts: Counts, job: JobRow) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from jacray_workers.errors import CancelledError, ModelError
@@ -86,6 +86,8 @@ class Payload:
         request: what to compute.
         plan: how; workers never plan.
         target: the store that workers write their blocks into; None sends them back.
+        writes: the model writes into its parameters or buffers, as the coordinator found when it prepared the job:
+            every worker then needs them in memory of its own.
     """
 
     model: Any
@@ -93,6 +95,7 @@ class Payload:
     request: Request
     plan: Plan
     target: Target | None = None
+    writes: bool = False
 
     def pack(self, *, copy: bool) -> Packed:
         """This work as a pickle and arrays; see `transport.pack`.
@@ -106,7 +109,8 @@ class Payload:
         module = as_module(self.model)
         read_only = [*parameters_only(module), *_tensors(given)]
         try:
-            return pack(Payload(module, inputs, request, self.plan, self.target), read_only=read_only, copy=copy)
+            sent = replace(self, model=module, inputs=inputs, request=request)
+            return pack(sent, read_only=read_only, copy=copy)
         except Exception as error:
             raise ModelError(
                 "model", f"must be picklable to travel to a worker, but raised {type(error).__name__}: {error}",

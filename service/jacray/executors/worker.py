@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jacray_workers.engine import Prepared, prepare
-from jacray_workers.errors import CancelledError, ModelError, ShardError
+from jacray_workers.errors import CancelledError, ModelError, Plain, ShardError
 from jacray_workers.plan import Shard
 from jacray_workers.shard import ShardResult
 
@@ -141,19 +141,25 @@ def versions() -> dict[str, str]:
 
 
 def _prepare(known: _Open) -> Prepared:
-    """Prepare the task, on a copy of the model first.
+    """Prepare the task on parameters where they lie, which is in memory that other workers read.
 
-    Parameters lie in memory that other workers read. Whether the model writes into them shows only when it runs, and
-    what one worker puts there and back, another may have read in between. A model that writes keeps the copy.
+    A model that writes into them, as the coordinator has found, gets them in memory of its own: what one worker puts
+    there and back, another may have read in between.
+
+    Raises:
+        ModelError: the model writes into its parameters on workers only.
     """
     payload = _opened(known.packed)
     known.writer = writer_for(payload.target, payload.plan)
-    prepared = prepare(_own_memory(payload.model), payload.inputs, payload.request, plan=payload.plan)
-    if not prepared.problem.written:
-        shared = _opened(known.packed)
-        known.mark = fingerprint(known.packed)
-        prepared = prepare(shared.model, shared.inputs, shared.request, plan=shared.plan)
-    known.prepared = prepared
+    model = _own_memory(payload.model) if payload.writes else payload.model
+    mark = None if payload.writes else fingerprint(known.packed)
+    prepared = prepare(model, payload.inputs, payload.request, plan=payload.plan)
+    if prepared.problem.written and not payload.writes:
+        raise ModelError(
+            "model", "must write into its parameters wherever it runs, or nowhere, but did so on a worker only",
+            Plain(", ".join(prepared.problem.written[:3])), "let no parameter depend on where the model is evaluated",
+        )  # fmt: skip
+    known.prepared, known.mark = prepared, mark
     return prepared
 
 

@@ -5,11 +5,12 @@ whoever wants reads it, before and after.
 """
 
 from jacray.store.blocks import read_block, read_field, write_block, write_whole
-from jacray.store.check import Damage, damages, verify
+from jacray.store.check import Damage, damaged_shard, damaged_sums, damages, look, standing, verify
 from jacray.store.collect import Collector
 from jacray.store.faults import writing
-from jacray.store.group import Store, as_numpy, begin, create, exists, finish, node_name, open_store, plain, remove
+from jacray.store.group import Store, as_numpy, create, exists, finish, node_name, open_store, plain, remove, reopen
 from jacray.store.lazy import StoredArray
+from jacray.store.sums import added_up
 from jacray.store.writer import Writer
 
 __all__ = [
@@ -18,18 +19,23 @@ __all__ = [
     "Store",
     "StoredArray",
     "Writer",
+    "added_up",
     "as_numpy",
-    "begin",
     "create",
+    "damaged_shard",
+    "damaged_sums",
     "damages",
     "exists",
     "finish",
+    "look",
     "node_name",
     "open_store",
     "plain",
     "read_block",
     "read_field",
     "remove",
+    "reopen",
+    "standing",
     "verify",
     "write_block",
     "write_whole",

@@ -20,6 +20,7 @@ from zarr.core.sync import sync
 
 from jacray.store.faults import writing
 from jacray.store.group import Store, as_numpy, codecs, node_name
+from jacray.target import Target
 
 Place = tuple[slice, ...]
 KIND = "crc32c"
@@ -209,9 +210,30 @@ def is_there(store: Store, array: ArrayPlan, place: tuple[Any, ...], shard: Shar
     return next(unwritten(store.node(array.key), place), None) is None
 
 
+def is_whole(node: Any, place: tuple[Any, ...], target: Target) -> bool:
+    """Whether every chunk that a place touches is there, and of the size that it must have."""
+    keys = [node.metadata.encode_chunk_key(at) for at in touched(node, place)]
+    # Chunks at the edges are as large as the others; the checksum takes four bytes.
+    size = None if target.compression else math.prod(node.chunks) * node.dtype.itemsize + 4
+    return all(found is not None and size in (None, found) for found in sync(_sizes(node.store_path, keys)))
+
+
+async def _sizes(where: Any, names: Iterable[str]) -> list[int | None]:
+    gate = asyncio.Semaphore(64)
+
+    async def one(name: str) -> int | None:
+        async with gate:
+            try:
+                return int(await where.store.getsize((where / name).path))
+            except FileNotFoundError:
+                return None
+
+    return await asyncio.gather(*(one(name) for name in names))
+
+
 def unwritten(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[int, ...]]:
     """The chunks that a place touches and that were never written, by their numbers along each axis."""
-    chunks = list(_touched(node, place))
+    chunks = list(touched(node, place))
     names = [node.metadata.encode_chunk_key(at) for at in chunks]
     for at, there in zip(chunks, sync(_exist(node.store_path, names)), strict=True):
         if not there:
@@ -228,7 +250,8 @@ async def _exist(where: Any, names: Iterable[str]) -> list[bool]:
     return await asyncio.gather(*(one(name) for name in names))
 
 
-def _touched(node: Any, place: tuple[Any, ...]) -> Iterator[tuple[int, ...]]:
+def touched(node: Any, place: tuple[Any, ...]) -> Iterator[tuple[int, ...]]:
+    """The chunks that a place touches, by their numbers along each axis."""
     spans = []
     for axis, (size, chunk) in enumerate(zip(node.shape, node.chunks, strict=True)):
         at = place[axis] if axis < len(place) else slice(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jacray_workers.errors import JobError, StorageError
 from jacray_workers.plan import ArrayPlan, Shard
@@ -34,13 +34,35 @@ class Damage:
 
 def verify(store: Store, written: Written) -> bool:
     """Read a part again and compare it with the checksum of when it was written."""
+    return written.key in store.arrays and look(store, written) is None
+
+
+def standing(store: Store, written: Written) -> bool:
+    """Whether a part that was written is there, and where it is not compressed as large as it must be, unread."""
     array = store.arrays.get(written.key)
     if array is None:
         return False
+    shard = Shard(0, written.start, written.stop, written.rows)
+    if array.factored:
+        index = written.start // store.plan.shard_size
+        return blocks.is_there(store, array, (), replace(shard, index=index))
+    if array.axis < 0:
+        return blocks.is_whole(store.parts(written.key), (slice(written.start, written.stop),), store.target)
+    where = place(store.plan, array, shard)
+    return where is None or blocks.is_whole(store.node(written.key), where, store.target)
+
+
+def look(store: Store, written: Written) -> Damage | None:
+    """What is wrong with a part that was written, by the checksum of when it was; None where nothing is."""
+    array = store.arrays[written.key]
+    start, stop = (written.start, written.stop) if array.axis >= 0 else (-1, -1)
     try:
-        return _found(store, array, written) == written.checksum
-    except (StorageError, JobError):
-        return False
+        found = _found(store, array, written)
+    except (StorageError, JobError) as error:
+        return _told(array, start, stop, error)
+    if found == written.checksum:
+        return None
+    return Damage(written.key, start, stop, False, f"its checksum is {found} and was {written.checksum}")
 
 
 def _found(store: Store, array: ArrayPlan, written: Written) -> str:
@@ -55,14 +77,24 @@ def _found(store: Store, array: ArrayPlan, written: Written) -> str:
 
 def damages(store: Store) -> Iterator[Damage]:
     """Every block of a complete store that is lost or damaged, shard by shard; each chunk carries a checksum."""
+    yield from damaged_sums(store)
+    for shard in store.plan.shards():
+        yield from damaged_shard(store, shard)
+
+
+def damaged_sums(store: Store) -> Iterator[Damage]:
+    """The arrays without samples of a complete store that are lost or damaged."""
     for array in store.plan.arrays:
         if array.axis < 0:
             yield from _damage(store, array, -1, -1, (slice(None),) * len(array.shape))
-    for shard in store.plan.shards():
-        for array in store.plan.arrays:
-            where = place(store.plan, array, shard)
-            if array.axis >= 0 and where is not None:
-                yield from _damage(store, array, shard.start, shard.stop, where)
+
+
+def damaged_shard(store: Store, shard: Shard) -> Iterator[Damage]:
+    """A shard's blocks that are lost or damaged, of arrays with samples."""
+    for array in store.plan.arrays:
+        where = place(store.plan, array, shard)
+        if array.axis >= 0 and where is not None:
+            yield from _damage(store, array, shard.start, shard.stop, where)
 
 
 def _damage(store: Store, array: ArrayPlan, start: int, stop: int, where: blocks.Place) -> Iterator[Damage]:
@@ -72,5 +104,9 @@ def _damage(store: Store, array: ArrayPlan, start: int, stop: int, where: blocks
         else:
             blocks.read_place(store, array, where)
     except (StorageError, JobError) as error:
-        lost = "lost" in error.rule or isinstance(error, JobError)
-        yield Damage(array.key, start, stop, lost, str(error.value))
+        yield _told(array, start, stop, error)
+
+
+def _told(array: ArrayPlan, start: int, stop: int, error: StorageError | JobError) -> Damage:
+    lost = "lost" in error.rule or isinstance(error, JobError)
+    return Damage(array.key, start, stop, lost, str(error.value))

@@ -1,4 +1,4 @@
-"""The shards of a job whose workers write: their receipts are counted, and what is summed is added up at the end."""
+"""The shards of a job whose workers write: their receipts are counted, and what is summed is added up on the way."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from jacray_workers.rowcuts import place
 from jacray_workers.shard import ShardResult
 from torch import Tensor
 
-from jacray.gather import Seen, Sum
+from jacray.gather import Seen
 from jacray.store import blocks, group
 from jacray.store.group import Store
 from jacray.store.lazy import StoredArray
+from jacray.store.sums import Sums
 from jacray.store.writer import Writer
 
 
@@ -27,6 +28,7 @@ class Collector:
     def __init__(self, store: Store) -> None:
         self.store, self.plan = store, store.plan
         self._seen = Seen()
+        self._sums = None if store.complete else Sums(store)
         self._writer: Writer | None = None
         self._without: set[int] = set()
 
@@ -40,6 +42,7 @@ class Collector:
         self._seen.add(result.shard.index)
         if result.blocks:
             self._write(result)
+        self._grow()
 
     def skip(self, shard: Shard) -> None:
         """Give a shard up: NaN stands in its samples, and sums go without it."""
@@ -51,6 +54,7 @@ class Collector:
             if array.axis >= 0 and where is not None:
                 found[array.key] = _nothing(array, where)
         self._write(ShardResult(shard, found))
+        self._grow()
 
     def finish(self) -> dict[str, Any]:
         """Write the sums, mark the store as complete, and give its arrays by key.
@@ -60,25 +64,15 @@ class Collector:
             StorageError: a part of a sum is lost, or the store takes no more.
         """
         self._seen.check(self.plan)
-        if not self.store.complete:  # else every shard was kept from an earlier run, or put where a damaged one was
-            for array in self.plan.arrays:
-                if array.axis < 0:
-                    blocks.write_block(self.store, array, self._sum(array))
-            self.store = group.finish(self.store)
+        # Without sums to make every shard was kept from an earlier run, or put where a damaged one was.
+        for array in self._sums.arrays if self._sums is not None else ():
+            blocks.write_block(self.store, array, self._sums.result(array))
+        self.store = group.finish(self.store)
         return {array.key: StoredArray(self.store, array) for array in self.plan.arrays}
 
-    def _sum(self, array: ArrayPlan) -> Tensor:
-        """The parts added up in the shards' order, one in memory at a time."""
-        total = Sum()
-        for shard in self.plan.shards():
-            total.add(shard.index, self._part(array, shard))
-        return total.result(getattr(torch, array.dtype), array.shape)
-
-    def _part(self, array: ArrayPlan, shard: Shard) -> Tensor | None:
-        if shard.index in self._without or place(self.plan, array, shard) is None:
-            return None
-        there = (slice(shard.index, shard.index + 1), *(slice(0, n) for n in array.shape))
-        return torch.from_numpy(blocks.read_node(self.store, array, self.store.parts(array.key), there)[0])
+    def _grow(self) -> None:
+        if self._sums is not None:
+            self._sums.grow(self._seen.count, self._without)
 
     def _write(self, result: ShardResult) -> None:
         if self._writer is None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -22,7 +24,7 @@ from zarr.storage import FsspecStore, LocalStore
 from jacray.chunks import chunk_shape, dimension_names
 from jacray.plans import read_plan
 from jacray.store.faults import writing
-from jacray.target import Target
+from jacray.target import RESULTS, Target
 
 FORMAT = 2
 PARTS = "parts"
@@ -125,24 +127,17 @@ def create(
     return Store(target, group, plan, structure, known)
 
 
-def begin(
-    target: Target,
-    plan: Plan,
-    structure: Mapping[str, Any],
-    samples: Mapping[str, Tensor] | None = None,
-    start: int = 0,
-) -> Store:
-    """The store that a job writes to: made, or where the same job was begun before, as it was left.
+def reopen(target: Target, plan: Plan) -> Store:
+    """The store that an earlier run of the same job began, as it was left.
 
     Raises:
-        StorageError: another job's results are there, or it cannot be written.
+        StorageError: another job's results are there.
     """
-    if not exists(target):
-        return create(target, plan, structure, samples, start)
     found = open_store(target, write=True)
     if found.plan.digest != plan.digest:
         rule, way_out = f"{target.results} holds another job", "choose another folder, or remove that one"
         raise StorageError("to", rule, None, way_out)
+    sweep(target)
     return found
 
 
@@ -222,16 +217,31 @@ def open_store(target: Target, *, write: bool = False) -> Store:
 def finish(store: Store) -> Store:
     """Mark a store as complete; what was only needed on the way goes."""
     with writing(store.target):
-        about: Any = store.group.attrs["jacray"]
-        store.group.attrs["jacray"] = {**about, "complete": True}
+        if not store.complete:
+            about: Any = store.group.attrs["jacray"]
+            store.group.attrs["jacray"] = {**about, "complete": True}
         if PARTS in store.group:
             del store.group[PARTS]
+        sweep(store.target)
     return open_store(store.target)
+
+
+def sweep(target: Target) -> None:
+    """Remove the files that writers who were killed have left half-written, of a store that nobody writes to.
+
+    Object stores show no object before it is whole.
+    """
+    if target.path is None:
+        return
+    for folder, _, names in os.walk(target.path / RESULTS):
+        for name in names:
+            if name.endswith(".partial"):
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def _zarr_store(target: Target, *, read_only: bool = False) -> Any:
     if target.path is not None:
-        return LocalStore(target.path / target.results.rpartition("/")[2], read_only=read_only)
+        return LocalStore(target.path / RESULTS, read_only=read_only)
     return FsspecStore.from_url(target.results, storage_options=dict(target.options), read_only=read_only)
 
 

@@ -63,6 +63,8 @@ class Writer:
             return Written(array.key, shard.start, shard.stop, size, blocks.factors_checksum(block))
         values = as_numpy(block, array.dtype)
         found = blocks.checksum(values)
+        if array.axis < 0 and self.store.complete:  # added up before: of this shard only other blocks were damaged
+            return Written(array.key, shard.index, shard.index + 1, size, found)
         if array.axis < 0:
             there = (slice(shard.index, shard.index + 1), *(slice(0, n) for n in array.shape))
             blocks.write_dense(self.store, self.store.parts(array.key), there, values[None])

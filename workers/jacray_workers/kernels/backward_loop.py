@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels.common import basis, blocks_for, math_attention, per_sample
 from jacray_workers.problem.problem import Problem
+from jacray_workers.unwanted import look
 
 # Numbers in flight up to which a pass is all overhead: folding the rows into the batch then beats one pass per row.
 FOLDED = 1 << 17
@@ -158,6 +159,7 @@ def pull(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bo
     Raises:
         MethodError: the model cuts its outputs off from automatic differentiation.
     """
+    look()
     if not y.requires_grad:
         return [torch.zeros_like(value) for value in values]
     try:
@@ -169,6 +171,7 @@ def pull(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bo
 
 def _pull_whole(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bool) -> list[Tensor]:
     """The same by a backward to every leaf of the graph."""
+    look()
     if not y.requires_grad:
         return [torch.zeros_like(value) for value in values]
     for value in values:

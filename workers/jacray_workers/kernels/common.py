@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacray_workers import pages
 from jacray_workers.problem.problem import Leaf, Problem
+from jacray_workers.unwanted import look
 
 Sample = Callable[..., Tensor]
 
@@ -60,9 +61,10 @@ def basis(rows: range, total: int, like: Tensor) -> Tensor:
 
 
 def spans(rows: range, width: int | None) -> Iterator[range]:
-    """`rows` cut into ranges of at most `width`."""
+    """`rows` cut into ranges of at most `width`; work that is no longer wanted ends between two of them."""
     step = width or max(len(rows), 1)
     for start in range(rows.start, rows.stop, step):
+        look()
         yield range(start, min(start + step, rows.stop))
 
 

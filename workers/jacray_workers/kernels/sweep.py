@@ -18,6 +18,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
 from jacray_workers.kernels.sweep_rules import PARTS, RULES, sum_to
+from jacray_workers.unwanted import look
 
 # The two steps that torch.func.vmap is made of; not among torch's public names, the same since 2.0.
 functorch: Any = torch._C._functorch
@@ -81,6 +82,7 @@ def _walk(order: list[Node], root: Place, wanted: Sequence[Place], vs: Tensor) -
     arrived: dict[Place, Tensor] = {root: vs}
     found: dict[Place, Tensor] = {}
     for node in order:
+        look()
         outputs = len(node._input_metadata)
         gs = [arrived.pop((node, nr), None) for nr in range(outputs)]
         found.update(
@@ -151,6 +153,7 @@ def _by_itself(node: Node, gs: list[Tensor | None]) -> Sequence[Tensor | None]:
 def _one_by_one(node: Node, gs: list[Tensor | None], count: int) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for i in range(count):
+        look()
         made = _listed(node(*[None if g is None else g[i] for g in gs]))  # type: ignore[operator]
         if not found:
             found = [None if part is None else part.new_empty(count, *part.shape) for part in made]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from jacray_workers.problem.problem import Problem
 from jacray_workers.products.dense import inner
+from jacray_workers.unwanted import look
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -110,6 +111,7 @@ def largest(
     done = space.bad
     # Twice the passes that a dense Jacobian takes: what has not converged by then is found from one.
     for _ in range(2 * space.side // space.width + BLOCKS):
+        look()
         space.grow()
         done = space.converged(unit)
         if bool(done.all()):

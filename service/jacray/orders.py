@@ -1,0 +1,118 @@
+"""What is submitted to a client, its arguments read and checked, and how its plan is cut into units of work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jacray_workers.errors import RequestError
+from jacray_workers.plan import Plan
+from jacray_workers.request import Request
+from jacray_workers.sources.loaded import Loaded
+from jacray_workers.sources.ranged import Rows
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from jacray.failures import OnError
+from jacray.target import Target
+
+# How long a worker may be deaf: nothing ends a kernel between two passes.
+DEAF_SECONDS = 1.0
+# How much work a lost worker, or a job that is stopped, may take along.
+SHARD_SECONDS = 20.0
+# Methods whose passes over some output rows (tangent columns for `forward`) can be made shorter at no cost.
+BANDED = ("reverse", "forward", "layerwise")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was submitted.
+
+    Attributes:
+        model: the module.
+        loaded: the inputs, and what is known of the samples.
+        request: with the defaults of jobs.
+        target: where the results go; None for memory.
+        key: the idempotency key, or None.
+        on_error: what a shard that always fails does.
+        user: whose it is.
+    """
+
+    model: Any
+    loaded: Loaded
+    request: Request
+    target: Target | None
+    key: str | None
+    on_error: OnError
+    user: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the model and the inputs; samples that workers read themselves take none here."""
+        module, x = self.model, () if isinstance(self.loaded.inputs, Rows) else self.loaded.inputs
+        held = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+        leaves = [leaf for leaf in pytree.tree_leaves(x) if hasattr(leaf, "nbytes") or isinstance(leaf, Tensor)]
+        return sum(int(part.nbytes) for part in [*held, *leaves])
+
+
+def loaded(x: Any) -> Loaded:
+    """What was submitted as inputs, with what is known of the samples."""
+    if isinstance(x, Rows):
+        return Loaded(x, start=x.start)
+    return x if isinstance(x, Loaded) else Loaded(x)
+
+
+def in_units(plan: Plan, request: Request, size: int | None) -> Plan:
+    """The plan with chunks and shards no longer than a job should be deaf, or may lose.
+
+    By what its method took in the planner's trial: chunks of about a second where their size is not asked for, passes
+    of about a second where a chunk takes longer, and shards of some twenty.
+
+    Args:
+        plan: as it was made.
+        request: fixes the chunk size where it names one.
+        size: samples per shard as the client fixed them: whole chunks each, or smaller chunks where these are larger.
+    """
+    if plan.row_cuts:
+        return plan
+    each = _seconds(plan)
+    chunk = plan.chunk_size if size is None else min(plan.chunk_size, size)
+    if request.chunk_size is None:
+        chunk = min(chunk, _power(_most(DEAF_SECONDS, each)))
+    shard = size or plan.shard_size
+    # The pairs of samples of an NTK are computed anew by every shard: more of them would be more work.
+    if size is None and "ntk" not in request.returns:
+        shard = min(shard, _most(SHARD_SECONDS, each))
+    shard = min(plan.samples, max(chunk, shard // chunk * chunk))
+    band = plan.row_chunk
+    if plan.method in BANDED and each * chunk > DEAF_SECONDS:
+        band = max(1, int(band * DEAF_SECONDS / (each * chunk)))
+    return replace(plan, chunk_size=chunk, shard_size=shard, row_chunk=band)
+
+
+def check_shards(timeout: Any, size: Any) -> None:
+    """A client's patience with a shard, and a shard's size.
+
+    Raises:
+        RequestError: one of them is none.
+    """
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
+        raise RequestError("shard_timeout", "must be a number of seconds above 0, or None", timeout)
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise RequestError("shard_size", "must be a whole number of samples, at least 1, or None", size)
+
+
+def _seconds(plan: Plan) -> float:
+    """What a sample takes, where the method was timed; 0 where nobody knows."""
+    chosen = next((c for c in plan.candidates if c.method == plan.method and c.measured), None)
+    return 0.0 if chosen is None else chosen.seconds / max(plan.samples, 1)
+
+
+def _most(seconds: float, each: float) -> int:
+    """How many samples take so long."""
+    return max(1, int(min(seconds / each, 1 << 62))) if each > 0 else 1 << 62
+
+
+def _power(count: int) -> int:
+    """The power of two at or below: a time is never measured twice alike, and the plan should be."""
+    return 1 << (count.bit_length() - 1)
