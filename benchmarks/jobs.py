@@ -1,6 +1,6 @@
 """What dispatch costs: a shard in the coordinator, a job on Ray beside the same kernels here, two workers beside one.
 
-    python -m benchmarks.jobs
+    python -m benchmarks.jobs [shards] [plan] [ray]
 
 Each ratio has both sides in this one run, alternating, and the best of a few rounds.
 """
@@ -12,7 +12,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+import multiprocessing
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Hashable, Sequence
@@ -23,11 +25,12 @@ from typing import Any
 import jacray
 import torch
 from jacray.coordinator import drive
+from jacray.entries import JobRow
 from jacray.executors.base import Task
 from jacray.executors.dispatch import Dispatch
 from jacray.executors.pool import Seat
 from jacray.executors.worker import Reply
-from jacray.journal import JobRow, Journal
+from jacray.journal import Journal
 from jacray.log import EventLog
 from jacray.receipt import Ledger
 from jacray.record import Record
@@ -123,9 +126,38 @@ def seconds(client: jacray.Client, x: torch.Tensor) -> float:
     return time.perf_counter() - began
 
 
+def half(start: Any, ends: Any, samples: int) -> None:
+    """A process that computes when told to, on its own."""
+    with jacray.Client("inline", workers=2) as client:
+        x = torch.randn(samples, 64)
+        seconds(client, x[:64])
+        for _ in range(ROUNDS):
+            start.wait()
+            seconds(client, x)
+            ends.wait()
+
+
+def machine(samples: int) -> float:
+    """Seconds for two processes that know nothing of each other, half of the samples each: what two cores can do."""
+    processes = multiprocessing.get_context("spawn")
+    start, ends = processes.Barrier(3), processes.Barrier(3)
+    both = [processes.Process(target=half, args=(start, ends, samples // 2)) for _ in range(2)]
+    for process in both:
+        process.start()
+    took = []
+    for _ in range(ROUNDS):
+        start.wait()
+        began = time.perf_counter()
+        ends.wait()
+        took.append(time.perf_counter() - began)
+    for process in both:
+        process.join()
+    return min(took)
+
+
 def on_ray(samples: int) -> None:
     """Wall time of whole jobs, submission included, on warm workers."""
-    x = torch.randn(samples, 64)
+    x, apart = torch.randn(samples, 64), machine(samples)
     inline = jacray.Client("inline", workers=1)
     with jacray.Client("local", workers=2) as two, jacray.Client("local", workers=1) as one:
         for client in (inline, one, two):
@@ -134,13 +166,19 @@ def on_ray(samples: int) -> None:
     here, by_one, by_two = (min(column) for column in zip(*found, strict=True))
     print(f"the same kernels in one process {here:.2f} s, by one Ray worker {by_one:.2f} s: {by_one / here - 1:+.1%}")
     print(f"by two Ray workers of one CPU each {by_two:.2f} s: {by_one / by_two:.2f} times as fast as by one")
+    print(f"by two processes that know nothing of each other {apart:.2f} s: {here / apart:.2f} times as fast as by one")
 
 
 def main() -> None:
-    empty_shards(10_000)
-    empty_shards(100_000)
-    planning(10_000_000)
-    on_ray(20_000)
+    """All of it, or what is named: shards, plan, ray."""
+    named = sys.argv[1:] or ["shards", "plan", "ray"]
+    if "shards" in named:
+        empty_shards(10_000)
+        empty_shards(100_000)
+    if "plan" in named:
+        planning(10_000_000)
+    if "ray" in named:
+        on_ray(20_000)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from jacray_workers.errors import CancelledError, JacrayError, JobError, Plain, 
 from jacray_workers.plan import Plan
 from jacray_workers.shard import ShardResult
 
-from jacray.journal import JobRow, Journal, differing
+from jacray.entries import JobRow, differing
+from jacray.journal import Journal
 from jacray.mirror import Mirror
 from jacray.plans import PINNED, pins, read_plan
 from jacray.record import Record

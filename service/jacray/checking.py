@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from jacray_workers.errors import Plain, UserError
 
 from jacray import store
-from jacray.journal import JobRow, Journal
+from jacray.entries import JobRow
+from jacray.journal import Journal
 from jacray.mirror import reading
 from jacray.record import written_by
 from jacray.store import Damage, Store

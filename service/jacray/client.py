@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from jacray.books import Books, open_books
 from jacray.coordinator import drive
 from jacray.digests import digests
+from jacray.entries import differing
 from jacray.executors import make_executor
 from jacray.executors.base import Payload, Task
 from jacray.executors.options import WorkerOptions, check_workers
@@ -30,7 +31,6 @@ from jacray.executors.threads import torch_threads
 from jacray.failures import OnError, check_on_error
 from jacray.fields import AllFields
 from jacray.job import Job
-from jacray.journal import differing
 from jacray.limits import Door, Limits, Load
 from jacray.orders import Order, check_shards, in_units, loaded
 from jacray.outcome import begin_store

@@ -14,15 +14,16 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from jacray_workers.errors import JobError, Plain, StorageError, UserError
 
+from jacray.entries import Counts, JobRow, JobState, ShardRow, ShardState, differing
+from jacray.lock import hold
+
 FORMAT = 1
-JobState = Literal["queued", "running", "done", "failed", "cancelled"]
-ShardState = Literal["done", "again", "failed"]
 ENDED: tuple[JobState, ...] = ("done", "failed", "cancelled")
 _SCHEMA = """
 CREATE TABLE jobs (
@@ -37,77 +38,6 @@ CREATE TABLE shards (
     PRIMARY KEY (job, shard)
 ) WITHOUT ROWID;
 """
-
-
-@dataclass(frozen=True)
-class JobRow:
-    """A job as the journal knows it.
-
-    Attributes:
-        id: the job's id.
-        digests: of everything that decides its numbers, by what it is (`model`, `inputs`, `request`, ...).
-        plan, plan_digest: how it is computed, as plain data, and the plan's digest.
-        samples, shards: how many.
-        key: the idempotency key that it was submitted with, or None.
-        state: `queued`, `running`, `done`, `failed` or `cancelled`. A job that its process left `running` was
-            interrupted: see `Journal.alone`.
-        user: whose it is.
-        spec: what its owner wants to find again, as plain data.
-        created, began, ended: seconds since the epoch; None before it happens.
-        error, trace: why it failed, and the traceback.
-    """
-
-    id: str
-    digests: Mapping[str, str]
-    plan: Mapping[str, Any]
-    plan_digest: str
-    samples: int
-    shards: int
-    key: str | None = None
-    state: JobState = "queued"
-    user: str = ""
-    spec: Any = None
-    created: float = field(default_factory=time.time)
-    began: float | None = None
-    ended: float | None = None
-    error: str = ""
-    trace: str = ""
-
-
-@dataclass(frozen=True)
-class ShardRow:
-    """A shard as the journal knows it: the last that happened to it.
-
-    Attributes:
-        shard: its index.
-        state: `done`, `again` (it went wrong and is to be tried again) or `failed` (given up).
-        attempt: the how manieth time that was, from 1.
-        worker: who tried it.
-        at: when, in seconds since the epoch.
-        seconds: how long it took.
-        detail: of a shard that is done: what it left, its checks and facts, as plain data.
-        error, trace: why it went wrong, and the traceback.
-    """
-
-    shard: int
-    state: ShardState
-    attempt: int = 1
-    worker: str = ""
-    at: float = field(default_factory=time.time)
-    seconds: float = 0.0
-    detail: Mapping[str, Any] = field(default_factory=dict)
-    error: str = ""
-    trace: str = ""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """A job's shards by state, and how many times one was tried beyond the first."""
-
-    done: int = 0
-    again: int = 0
-    failed: int = 0
-    retries: int = 0
 
 
 _JOB = tuple(f.name for f in fields(JobRow))
@@ -133,7 +63,7 @@ class Journal:
         self._lock = threading.RLock()
         if read_only and not path.is_file():
             raise UserError("path", "must hold a journal", Plain(str(path)), "a run writes one into its folder")
-        self._held = None if read_only else _hold(path)
+        self._held = None if read_only else hold(path)
         try:
             self._db = self._open(read_only)
         except BaseException:
@@ -265,7 +195,7 @@ class Journal:
         if self._held is not None:
             return False
         with contextlib.suppress(JobError, StorageError):
-            os.close(_hold(self.path))
+            os.close(hold(self.path))
             return True
         return False
 
@@ -336,16 +266,6 @@ class Journal:
             raise StorageError("journal", f"could not be used: {error}", Plain(str(self.path)), way_out) from error
 
 
-def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What differs between two jobs, as `KEY was OLD and is NEW`."""
-    names = dict.fromkeys([*before, *now])
-    return [
-        f"{name} was {before.get(name, 'absent')[:16]} and is {now.get(name, 'absent')[:16]}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
-
-
 def _plain(names: Sequence[str], row: Sequence[Any]) -> dict[str, Any]:
     return {name: json.loads(v) if name in _JSON else v for name, v in zip(names, row, strict=True)}
 
@@ -354,28 +274,3 @@ def _quoted(path: Path) -> str:
     from urllib.parse import quote
 
     return quote(str(path.absolute()))
-
-
-def _hold(path: Path) -> int:
-    """Take the lock that says who writes. It is on the folder, so it leaves no file behind and dies with its holder."""
-    import fcntl
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        held = os.open(path.parent, os.O_RDONLY)
-    except OSError as error:
-        raise StorageError("journal", f"could not be made: {error.strerror}", Plain(str(path))) from error
-    for last in (False,) * 5 + (True,):
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if last:
-                os.close(held)
-                rule, way_out = "is in use by another process", "wait for it, or choose another folder"
-                raise JobError("journal", rule, Plain(str(path.parent)), way_out) from None
-            time.sleep(0.05)  # a reader that looks whether anybody writes holds it for a moment
-        except OSError:  # a file system without locks: nobody can tell, so nobody is refused
-            break
-        else:
-            break
-    return held

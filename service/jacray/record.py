@@ -9,8 +9,9 @@ from typing import Any
 from jacray_workers.plan import Plan, Shard
 from jacray_workers.shard import Check, NonFinite, ShardResult, Written
 
+from jacray.entries import ShardRow
 from jacray.executors.base import Done, Failed, Retried
-from jacray.journal import Journal, ShardRow
+from jacray.journal import Journal
 
 Intact = Callable[[ShardResult], bool]
 """Tells whether what a shard wrote is still there, bit for bit."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jacray_workers.errors import Plain, UserError
+from jacray_workers.errors import Plain, RequestError, UserError
 from jacray_workers.plan import Plan
 from jacray_workers.problem.far import far_inputs
 from jacray_workers.sources.ranged import Rows
@@ -55,11 +56,12 @@ def _write_report(folder: RunFolder, run: Run, work: Work, receipt: Mapping[str,
     write_report(folder.path, result, inputs=shown, fields=work.loaded.fields, title=run.folder.name)
 
 
-def load(path: str | Path) -> StoredResult:
+def load(path: str | Path | Target, *, small: int | None = None) -> StoredResult:
     """Open a run's folder, or the URL that a job wrote to.
 
     Args:
-        path: the folder, or a URL such as `s3://BUCKET/RUN`.
+        path: the folder, or a URL such as `s3://BUCKET/RUN`; or the target that a job was given.
+        small: up to how many bytes an attribute is read whole, as tensors; 64 MiB by default, 0 for none.
 
     Returns:
         A result whose attributes are read when they are first asked for: as tensors where they are small, else as
@@ -70,6 +72,10 @@ def load(path: str | Path) -> StoredResult:
         UserError: there is no run at this path.
     """
     where = as_target(path)
+    if small is not None:
+        if isinstance(small, bool) or not isinstance(small, int) or small < 0:
+            raise RequestError("small", "must be a number of bytes, 0 or more", small)
+        where = replace(where, small=small)
     if not store.exists(where):
         raise UserError(
             "path", f"must be a run's folder, which holds {where.results.rpartition('/')[2]}", Plain(str(path))

@@ -16,16 +16,13 @@ from jacray.store import Store, StoredArray
 from jacray.target import Target
 from jacray.trees import from_json
 
-SMALL_BYTES = 1 << 26
-"""An attribute of a result up to this size is read whole, as tensors; what is larger is read when it is sliced."""
-
 
 class StoredResult(Result):
     """The results of a run on disk or in an object store.
 
-    An attribute is a tensor, or a tree of them, where its arrays take up to 64 MiB together; above that, and while
-    the job is not done, each array is a `StoredArray`: it has a shape and a dtype, slices of it are tensors, and
-    `.dense()` or `torch.as_tensor` reads all of it.
+    An attribute is a tensor, or a tree of them, where its arrays take up to 64 MiB (`target.small`) together; above
+    that, and while the job is not done, each array is a `StoredArray`: it has a shape and a dtype, slices of it are
+    tensors, and `.dense()` or `torch.as_tensor` reads all of it.
 
     Attributes:
         target: where it is.
@@ -98,7 +95,7 @@ class _Lazy(Mapping[str, Any]):
 def _tree(opened: Store, name: str) -> Any:
     """One result in the structure that its user expects: read whole where it is small and there."""
     arrays = opened.arrays
-    whole = opened.complete and _bytes(opened, name) <= SMALL_BYTES
+    whole = opened.complete and _bytes(opened, name) <= opened.target.small
 
     def leaf(key: str) -> Any:
         return store.read_block(opened, arrays[key]) if whole else StoredArray(opened, arrays[key])

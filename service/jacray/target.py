@@ -12,6 +12,7 @@ from jacray_workers.errors import RequestError
 
 RESULTS = "results.zarr"
 JOURNAL = "journal.sqlite"
+SMALL_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Target:
         recheck: whether a job that is taken up again reads all that is finished and compares its checksums, or looks
             only whether all of it is there and as large as it must be. None reads what is on this machine's disks: an
             object in a store is whole or not there, and reading all would bring all of it over the net.
+        small: up to how many bytes a result's attribute is read whole, as tensors, and not as arrays on disk.
     """
 
     url: str
     options: Mapping[str, Any] = field(default_factory=dict)
     compression: str | None = None
     recheck: bool | None = None
+    small: int = SMALL_BYTES
 
     @property
     def path(self) -> Path | None:

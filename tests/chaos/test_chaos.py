@@ -38,8 +38,12 @@ def test_the_coordinator(tmp_path: Path, fault) -> None:
     holds(fault(Ground(tmp_path / "try", shards=30, seconds=0.05), seed=1))
 
 
-@pytest.mark.slow
 def test_the_coordinator_is_killed(tmp_path: Path) -> None:
+    holds(faults.coordinator_killed(Ground(tmp_path / "try", shards=30, seconds=0.05), seed=1, times=1))
+
+
+@pytest.mark.slow
+def test_the_coordinator_is_killed_again_and_again(tmp_path: Path) -> None:
     holds(faults.coordinator_killed(Ground(tmp_path / "try", shards=60, seconds=0.02), seed=1))
 
 

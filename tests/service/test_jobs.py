@@ -13,7 +13,7 @@ import torch
 from jacray.events import JobDone, JobFailed, JobStarted, ShardDone
 from torch import nn
 
-from tests.toys import Gated, MineError, Raises, Scales, mlp
+from tests.toys import Deep, Gated, MineError, Raises, Scales, ScalesAtWork, mlp
 
 
 def tree_model(t: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -228,6 +228,32 @@ def test_functions_made_on_the_spot_travel(client: jacray.Client) -> None:
     scale = torch.arange(5.0)
     result = client.submit(lambda x: (x * scale).sum(-1), X).result(timeout=120)
     torch.testing.assert_close(result.jacobian, scale.expand(40, 5).contiguous())
+
+
+def test_cancelling_inside_a_long_chunk_in_this_process(inline_client: jacray.Client) -> None:
+    x = torch.randn(300, 512)
+    job = inline_client.submit(Deep(60, 512), x, returns="norms", method="reverse", chunk_size=100, verify=False)
+    assert isinstance(next(job.events()), JobStarted)
+    job.cancel()
+    assert job.wait(20)  # a chunk takes half a minute
+    assert job.status().state == "cancelled"
+
+
+def test_a_long_job_is_cut_into_units_that_may_be_lost(inline_client: jacray.Client) -> None:
+    job = inline_client.submit(Deep(20, 512), torch.randn(10_000, 512), returns="norms", method="reverse", verify=False)
+    assert job.cancel()
+    plan = job.plan
+    each = next(c.seconds for c in plan.candidates if c.method == "reverse") / plan.samples
+    assert each * plan.chunk_size <= 1 or plan.chunk_size == 1
+    assert each * plan.shard_size <= 20
+    assert plan.shard_size % plan.chunk_size == 0
+
+
+@pytest.mark.ray
+def test_a_model_that_writes_into_its_parameters_on_workers_only_is_refused(local_client: jacray.Client) -> None:
+    job = local_client.submit(ScalesAtWork(), X, method="backward_loop", verify=False)
+    with pytest.raises(jacray.ModelError, match="wherever it runs, or nowhere"):
+        job.result(timeout=120)
 
 
 @pytest.mark.ray

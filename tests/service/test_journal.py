@@ -13,7 +13,8 @@ from pathlib import Path
 
 import jacray
 import pytest
-from jacray.journal import Counts, JobRow, Journal, ShardRow, differing
+from jacray.entries import Counts, JobRow, ShardRow, differing
+from jacray.journal import Journal
 
 DIGESTS = {"model": "aa" * 32, "inputs": "bb" * 32}
 
@@ -131,7 +132,8 @@ def test_what_a_killed_writer_had_written_is_there(tmp_path: Path) -> None:
     code = """
         import os, signal, sys
         from pathlib import Path
-        from jacray.journal import Journal, JobRow, ShardRow
+        from jacray.entries import JobRow, ShardRow
+        from jacray.journal import Journal
         journal = Journal(Path(sys.argv[1]))
         journal.enter(JobRow("j", {}, {}, "", 40, 4))
         journal.begin("j")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
+import time
 from pathlib import Path
 
 import jacray
@@ -14,7 +16,7 @@ from jacray.events import ShardDone, ShardFailed, ShardsKept
 from jacray.journal import Journal
 from jacray.limits import Limits
 
-from tests.toys import Gated, Poisoned, Raises, mlp
+from tests.toys import Gated, Poisoned, Raises, Waits, mlp
 
 X = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
 FIELDS = {"returns": ["jacobian", "gram"], "method": "backward_loop", "chunk_size": 4, "verify": 2}
@@ -243,8 +245,6 @@ def test_a_client_says_no_when_it_has_enough(tmp_path) -> None:
 
 
 def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(client, tmp_path) -> None:
-    import subprocess
-
     place = tmp_path / "small"
     place.mkdir()
     if (
@@ -266,6 +266,32 @@ def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(client, tmp_path) -> N
         assert torch.equal(torch.as_tensor(result.jacobian[:]), client.submit(model, x, **fields).result().jacobian)
     finally:
         del first
+        subprocess.run(["umount", "-l", place], check=False)
+
+
+def test_a_store_gone_read_only_stops_the_job_and_lets_it_go_on(tmp_path) -> None:
+    place, gate = tmp_path / "disk", tmp_path / "gate"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], check=False).returncode:
+        pytest.skip("may not mount")
+    try:
+        with jacray.Client("inline", shard_size=4) as client:
+            first = client.submit(Waits(gate, X[20]), X, to=place / "run", **FIELDS)
+            while first.status().shards_done < 5:
+                time.sleep(0.01)
+            held = subprocess.run(["mount", "-o", "remount,ro", place], check=False).returncode
+            if held:  # a file is open for writing, which the journal is: only the results' part of it then
+                results = place / "run/results.zarr"
+                subprocess.run(["mount", "--bind", results, results], check=True)
+                subprocess.run(["mount", "-o", "remount,bind,ro", results], check=True)
+            gate.touch()
+            with pytest.raises(jacray.StorageError, match="Read-only file system"):
+                first.result(timeout=60)
+            subprocess.run(["umount", "-l", results] if held else ["mount", "-o", "remount,rw", place], check=True)
+            second = client.submit(Waits(gate, X[20]), X, to=place / "run", **FIELDS)
+            same(second.result(timeout=60), client.submit(Waits(gate, X[20]), X, **FIELDS).result(timeout=60))
+            assert done(second) == [5, 6, 7, 8, 9]
+    finally:
         subprocess.run(["umount", "-l", place], check=False)
 
 

@@ -14,7 +14,8 @@ from jacray_workers.errors import Plain, UserError
 from rich.console import Console
 from rich.table import Table
 
-from jacray.journal import Counts, JobRow, Journal, ShardRow
+from jacray.entries import Counts, JobRow, ShardRow
+from jacray.journal import Journal
 from jacray.mirror import reading
 from jacray.target import as_target
 

@@ -60,6 +60,24 @@ class WorkerOptions:
         """Torch threads of each worker."""
         return max(1, int(self.cpus))
 
+    def check_there(self, workers: int, have: Mapping[str, float]) -> None:
+        """Whether a machine has what so many workers take of GPUs and further resources.
+
+        Raises:
+            RequestError: it has not.
+        """
+        if self.gpus * workers > have.get("GPU", 0.0):
+            raise RequestError(
+                "gpus_per_worker", f"{workers} workers with {self.gpus:g} each need more GPUs than there are",
+                have.get("GPU", 0.0), "ask for fewer, or 0",
+            )  # fmt: skip
+        for name, amount in self.resources.items():
+            if amount * workers > have.get(name, 0.0):
+                raise RequestError(
+                    f"resources.{name}", f"{workers} workers with {amount:g} each need more than there is",
+                    have.get(name, 0.0), "a Ray of one's own has none; start a cluster with it and use address='auto'",
+                )  # fmt: skip
+
 
 def check_workers(workers: Any) -> None:
     """A number of workers.

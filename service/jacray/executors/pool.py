@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from jacray_workers.plan import Shard
 
@@ -26,6 +26,37 @@ class Seat:
 
     def __str__(self) -> str:
         return f"worker {self.place}" if self.generation == 0 else f"worker {self.place}.{self.generation}"
+
+
+@dataclass
+class Slot:
+    """One place in a pool and the process that holds it now.
+
+    Attributes:
+        place: which.
+        actor, greeting: the handle of the process, and of its first word.
+        generation: how often it was replaced.
+        ready: whether it has answered.
+        false_starts: how often in a row it died before it did.
+        opened: the tasks that it has.
+        tickets: what it is at.
+        leaving: whether it goes once it has nothing left to do.
+    """
+
+    place: int
+    actor: Any
+    greeting: Any
+    generation: int = 0
+    ready: bool = False
+    false_starts: int = 0
+    opened: set[str] = field(default_factory=set)
+    tickets: set[Any] = field(default_factory=set)
+    leaving: bool = False
+
+    @property
+    def seat(self) -> Seat:
+        """Who sits there now."""
+        return Seat(self.place, self.generation)
 
 
 class WorkerLostError(Exception):

@@ -9,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
@@ -19,9 +18,9 @@ from ray import exceptions as rx
 
 from jacray.executors.base import Into, Payload, Step, Task
 from jacray.executors.dispatch import Dispatch
-from jacray.executors.keeper import Keeper
+from jacray.executors.lease import Lease, Line
 from jacray.executors.options import WorkerOptions
-from jacray.executors.pool import Seat, WorkerLostError
+from jacray.executors.pool import Seat, Slot, WorkerLostError
 from jacray.executors.surroundings import environment, knock, same_versions, worker_environment
 from jacray.executors.worker import Reply, Worker
 from jacray.transport import unpack
@@ -47,7 +46,7 @@ class RayExecutor:
         self.threads = options.threads
         self.device = "auto" if options.gpus else "cpu"
         self._lock = threading.Lock()
-        self._lease: _Lease | None = None
+        self._lease: Lease | None = None
         self._pool: _Pool | None = None
         self._dispatch: Dispatch | None = None
         self._closed = False
@@ -78,7 +77,7 @@ class RayExecutor:
         """Ask for more workers, or let some go; while jobs run, too."""
         with self._lock:
             if self._pool is not None:
-                self._check_gpus(workers)
+                self._check_there(workers)
                 self._pool.scale(workers)
             self.workers = workers
 
@@ -111,16 +110,21 @@ class RayExecutor:
             if self._closed:
                 raise ShardError("the client is closed")
             if self._lease is None:
-                self._lease = _Lease.take(self.options)
+                self._lease = Lease.take(self.options, Line(_connect, _disconnect, ray.is_initialized))
             self._lease.wait()
             if self._pool is None:
-                self._check_gpus(self.workers)
+                self._check_there(self.workers)
                 self._pool = _Pool(self.workers, self._asked(), self.threads)
                 self._dispatch = Dispatch(self._pool)
 
     @property
     def _owned(self) -> bool:
         return self._lease is not None and self._lease.owned
+
+    def _check_there(self, workers: int) -> None:
+        """A Ray of our own grows no more GPUs and has no resources but what a machine has; a cluster may yet."""
+        if self._owned:
+            self.options.check_there(workers, _resources())
 
     def _asked(self) -> dict[str, Any]:
         """How an actor is asked for. A Ray of our own counts no CPUs, so that any number of clients can share it."""
@@ -131,42 +135,6 @@ class RayExecutor:
         if not self._owned:
             asked["runtime_env"] = {"env_vars": worker_environment(search_path=not self.options.runtime_env)}
         return asked
-
-    def _check_gpus(self, workers: int) -> None:
-        """A Ray of our own grows no more GPUs and has no resources but what a machine has; a cluster may yet."""
-        if not self._owned:
-            return
-        have, gpus = _resources(), self.options.gpus
-        if gpus * workers > have.get("GPU", 0.0):
-            raise RequestError(
-                "gpus_per_worker", f"{workers} workers with {gpus:g} each need more GPUs than there are",
-                have.get("GPU", 0.0), "ask for fewer, or 0",
-            )  # fmt: skip
-        for name, amount in self.options.resources.items():
-            if amount * workers > have.get(name, 0.0):
-                raise RequestError(
-                    f"resources.{name}", f"{workers} workers with {amount:g} each need more than there is",
-                    have.get(name, 0.0), "a Ray of one's own has none; start a cluster with it and use address='auto'",
-                )  # fmt: skip
-
-
-@dataclass
-class _Slot:
-    """One place in the pool and the actor that holds it now."""
-
-    place: int
-    actor: Any
-    greeting: Any
-    generation: int = 0
-    ready: bool = False
-    false_starts: int = 0
-    opened: set[str] = field(default_factory=set)
-    tickets: set[Any] = field(default_factory=set)
-    leaving: bool = False
-
-    @property
-    def seat(self) -> Seat:
-        return Seat(self.place, self.generation)
 
 
 class _Pool:
@@ -184,8 +152,8 @@ class _Pool:
         self._lock = threading.RLock()
         self._empty_since = time.monotonic()
         self._last_words = ""
-        self._slots: dict[int, _Slot] = {}
-        self._homes: dict[Hashable, _Slot] = {}
+        self._slots: dict[int, Slot] = {}
+        self._homes: dict[Hashable, Slot] = {}
         self._places = itertools.count()
         self.scale(workers)
 
@@ -195,7 +163,7 @@ class _Pool:
             staying = [slot for slot in self._slots.values() if not slot.leaving]
             for _ in range(workers - len(staying)):
                 place = next(self._places)
-                self._slots[place] = _Slot(place, *self._hire())
+                self._slots[place] = Slot(place, *self._hire())
             for slot in staying[workers:]:
                 slot.leaving = True
                 self._let_go(slot)
@@ -296,13 +264,13 @@ class _Pool:
                 slot.tickets.discard(ticket)
                 self._let_go(slot)
 
-    def _let_go(self, slot: _Slot) -> None:
+    def _let_go(self, slot: Slot) -> None:
         """End an actor that is to leave, once it has nothing left to do."""
         if slot.leaving and not slot.tickets and self._slots.get(slot.place) is slot:
             del self._slots[slot.place]
             self._end(slot)
 
-    def _forget(self, slot: _Slot) -> None:
+    def _forget(self, slot: Slot) -> None:
         for ticket in slot.tickets:
             self._homes.pop(ticket, None)
         slot.tickets = set()
@@ -318,22 +286,22 @@ class _Pool:
         actor = self._class.options(**self._asked).remote(self._threads)
         return actor, actor.ready.remote()
 
-    def _rehire(self, slot: _Slot) -> None:
+    def _rehire(self, slot: Slot) -> None:
         self._end(slot)
         self._forget(slot)
         slot.actor, slot.greeting = self._hire()
         slot.generation, slot.ready, slot.opened = slot.generation + 1, False, set()
 
-    def _end(self, slot: _Slot) -> None:
+    def _end(self, slot: Slot) -> None:
         # Without a Ray there is nothing left to end, and the call would start one.
         if ray.is_initialized():
             with contextlib.suppress(Exception):
                 ray.kill(slot.actor)
 
-    def _hopeful(self, slot: _Slot) -> bool:
+    def _hopeful(self, slot: Slot) -> bool:
         return slot.false_starts < FALSE_STARTS
 
-    def _settle(self, slot: _Slot, greeting: Any) -> None:
+    def _settle(self, slot: Slot, greeting: Any) -> None:
         """Take note of a worker's first word, or of its death before it."""
         try:
             facts = ray.get(greeting)
@@ -349,57 +317,6 @@ class _Pool:
         with self._lock:
             if slot.greeting == greeting:
                 slot.ready, slot.false_starts = True, 0
-
-
-class _Lease:
-    """This process's one connection to Ray, shared by its clients; the last to leave closes what the first opened."""
-
-    _lock = threading.Lock()
-    _keeper: Keeper | None = None
-    _opened = WorkerOptions()
-    _users = 0
-
-    def __init__(self, keeper: Keeper | None, *, owned: bool) -> None:
-        self._mine, self.owned = keeper, owned
-
-    @classmethod
-    def take(cls, options: WorkerOptions) -> _Lease:
-        """Join the connection that there is, or open one."""
-        address = options.address
-        with cls._lock:
-            if cls._keeper is not None and cls._keeper.failed:
-                cls._keeper, cls._users = None, 0
-            if cls._keeper is None and not ray.is_initialized():
-                cls._keeper, cls._opened = Keeper(lambda: _connect(options), _disconnect), options
-            if cls._keeper is None:
-                return cls(None, owned=False)
-            opened = cls._opened.address
-            if address.startswith("ray://") and address != opened:
-                raise RequestError(
-                    "address", "one process talks to one Ray at a time", address, f"close the client of {opened}"
-                )
-            if options.runtime_env and options.runtime_env != cls._opened.runtime_env:
-                raise RequestError(
-                    "runtime_env", "must be the same for every client of a process", dict(options.runtime_env),
-                    "give it to the first client, or close that one",
-                )  # fmt: skip
-            cls._users += 1
-            return cls(cls._keeper, owned=opened == "local")
-
-    def wait(self) -> None:
-        """Wait until the connection stands."""
-        if self._mine is not None:
-            self._mine.wait()
-
-    def give_back(self) -> None:
-        """Leave; close the connection if nobody else is on it."""
-        with _Lease._lock:
-            if self._mine is None or self._mine is not _Lease._keeper:
-                return
-            _Lease._users -= 1
-            if _Lease._users == 0:
-                _Lease._keeper = None
-                self._mine.stop()
 
 
 def _connect(options: WorkerOptions) -> None:
