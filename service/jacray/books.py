@@ -96,11 +96,11 @@ def open_books(target: Target | None, digests: Callable[[], Mapping[str, str]]) 
     """
     if target is None:
         return None
+    mirror: Mirror | None = None
     if target.path is None:
-        mirror: Mirror | None = Mirror(target)
-        journal = mirror.journal
+        journal = (mirror := Mirror(target)).journal
     else:
-        mirror, journal = None, Journal(target.path / JOURNAL)
+        journal = Journal(target.path / JOURNAL)
     try:
         found = digests()
         earlier = next(iter(journal.jobs()), None)

@@ -47,6 +47,12 @@ def save(run: Run, work: Work, result: Result) -> RunFolder:
     return folder
 
 
+def _bytes(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise RequestError(name, "must be a number of bytes, 0 or more", value)
+    return value
+
+
 def _write_report(folder: RunFolder, run: Run, work: Work, receipt: Mapping[str, Any]) -> None:
     from jacray.report import write_report
 
@@ -73,9 +79,7 @@ def load(path: str | Path | Target, *, small: int | None = None) -> StoredResult
     """
     where = as_target(path)
     if small is not None:
-        if isinstance(small, bool) or not isinstance(small, int) or small < 0:
-            raise RequestError("small", "must be a number of bytes, 0 or more", small)
-        where = replace(where, small=small)
+        where = replace(where, small=_bytes("small", small))
     if not store.exists(where):
         raise UserError(
             "path", f"must be a run's folder, which holds {where.results.rpartition('/')[2]}", Plain(str(path))

@@ -65,8 +65,10 @@ class Collector:
         """
         self._seen.check(self.plan)
         # Without sums to make every shard was kept from an earlier run, or put where a damaged one was.
-        for array in self._sums.arrays if self._sums is not None else ():
-            blocks.write_block(self.store, array, self._sums.result(array))
+        sums = self._sums
+        if sums is not None:
+            for array in sums.arrays:
+                blocks.write_block(self.store, array, sums.result(array))
         self.store = group.finish(self.store)
         return {array.key: StoredArray(self.store, array) for array in self.plan.arrays}
 

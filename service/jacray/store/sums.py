@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Container
 from typing import Any
 
+import numpy as np
 import torch
 import zarr
 from jacray_workers.plan import ArrayPlan, Shard
@@ -102,10 +103,11 @@ def _kept(store: Store, arrays: list[ArrayPlan]) -> tuple[int, dict[str, Tensor]
     """The furthest sums that were kept and are as they were written."""
     for name in sorted(_names(store), key=lambda name: -int(name.removeprefix(_KEPT))) if arrays else ():
         try:
-            group = store.group[f"{PARTS}/{name}"]
-            totals = {array.key: group[node_name(array.key)][...] for array in arrays}
-            if all(blocks.checksum(total) == group.attrs["checksums"][key] for key, total in totals.items()):
-                return int(group.attrs["count"]), {key: torch.from_numpy(total) for key, total in totals.items()}
+            group: Any = store.group[f"{PARTS}/{name}"]
+            about = group.attrs.asdict()
+            totals = {array.key: np.asarray(group[node_name(array.key)][...]) for array in arrays}
+            if all(blocks.checksum(total) == about["checksums"][key] for key, total in totals.items()):
+                return int(about["count"]), {key: torch.from_numpy(total) for key, total in totals.items()}
         except (KeyError, ValueError, OSError):
             continue  # begun and not finished, or damaged since: those before, or the parts, have to do
     return 0, {}
