@@ -96,11 +96,7 @@ def open_books(target: Target | None, digests: Callable[[], Mapping[str, str]]) 
     """
     if target is None:
         return None
-    mirror: Mirror | None = None
-    if target.path is None:
-        journal = (mirror := Mirror(target)).journal
-    else:
-        journal = Journal(target.path / JOURNAL)
+    journal, mirror = _journal(target)
     try:
         found = digests()
         earlier = next(iter(journal.jobs()), None)
@@ -113,6 +109,14 @@ def open_books(target: Target | None, digests: Callable[[], Mapping[str, str]]) 
         _close(journal, mirror)
         raise
     return Books(target, journal, found, earlier, mirror)
+
+
+def _journal(target: Target) -> tuple[Journal, Mirror | None]:
+    """The journal beside the results, or for a URL the one that stands for it here."""
+    if target.path is not None:
+        return Journal(target.path / JOURNAL), None
+    mirror = Mirror(target)
+    return mirror.journal, mirror
 
 
 def _close(journal: Journal, mirror: Mirror | None) -> None:
