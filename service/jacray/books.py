@@ -69,6 +69,10 @@ class Books:
         """Note how the job ended, and let go of the journal."""
         try:
             if self.row is not None:
+                if error is not None:  # workers may have been ended in the middle of a file
+                    from jacray import store
+
+                    store.sweep(self.target)
                 self._note(self.row.id, error)
         finally:
             _close(self.journal, self.mirror)

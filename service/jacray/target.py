@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,12 @@ class Target:
         except OSError:
             beside.unlink(missing_ok=True)
             raise
+
+    def begun(self) -> list[Path]:
+        """What writers who were killed have left of files that they were writing here."""
+        if self.path is None or not self.path.is_dir():
+            return []
+        return [path for path in self.path.iterdir() if re.fullmatch(r"\.[a-z]+\.[a-z]+\.\d+", path.name)]
 
     def _files(self) -> Any:
         import fsspec

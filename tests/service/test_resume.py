@@ -431,10 +431,12 @@ def test_the_parts_of_sums_go_once_they_are_added_up_and_a_resumed_sum_has_the_s
         half = tmp_path / "run/results.zarr/gram/c/0/0.abc.partial"
         half.parent.mkdir(parents=True, exist_ok=True)
         half.touch()
+        (tmp_path / "run/.receipt.json.4711").touch()
         job = client.submit(model, x, to=tmp_path / "run", **fields)
         same(job.result(timeout=60), quiet)
         assert done(job) == [37]
         assert not half.exists()
+        assert not list((tmp_path / "run").glob(".*"))
         assert not (tmp_path / "run/results.zarr/parts").exists()
 
 

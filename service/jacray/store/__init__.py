@@ -8,7 +8,19 @@ from jacray.store.blocks import read_block, read_field, write_block, write_whole
 from jacray.store.check import Damage, damaged_shard, damaged_sums, damages, look, standing, verify
 from jacray.store.collect import Collector
 from jacray.store.faults import writing
-from jacray.store.group import Store, as_numpy, create, exists, finish, node_name, open_store, plain, remove, reopen
+from jacray.store.group import (
+    Store,
+    as_numpy,
+    create,
+    exists,
+    finish,
+    node_name,
+    open_store,
+    plain,
+    remove,
+    reopen,
+    sweep,
+)
 from jacray.store.lazy import StoredArray
 from jacray.store.sums import added_up
 from jacray.store.writer import Writer
@@ -36,6 +48,7 @@ __all__ = [
     "remove",
     "reopen",
     "standing",
+    "sweep",
     "verify",
     "write_block",
     "write_whole",

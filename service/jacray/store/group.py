@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Mapping
@@ -233,10 +235,11 @@ def sweep(target: Target) -> None:
     """
     if target.path is None:
         return
-    for folder, _, names in os.walk(target.path / RESULTS):
-        for name in names:
-            if name.endswith(".partial"):
-                Path(folder, name).unlink(missing_ok=True)
+    inside = (Path(folder, n) for folder, _, names in os.walk(target.path / RESULTS) for n in names)
+    half = (path for path in inside if path.suffix == ".partial")
+    for path in itertools.chain(half, target.begun()):
+        with contextlib.suppress(OSError):  # read-only now, perhaps: the next run sweeps again
+            path.unlink(missing_ok=True)
 
 
 def _zarr_store(target: Target, *, read_only: bool = False) -> Any:
