@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import resource
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import jacray
 import jsonschema
 import pytest
+import torch
 from jacray import documents, spec
 from jacray.emit import dump
 from jacray.overrides import override
@@ -20,6 +22,9 @@ from tests import hostile
 from tests.hostile import bad_spec, check_refusal, command, good_spec, write_files
 from tests.workers import source_files
 
+MODEL = {"kind": "function", "expression": "sum(a**2)", "inputs": ["a"]}
+OUTPUT = {"path": "run", "report": False, "overwrite": True}
+PINNED = {"verify": False, "method": "reverse", "chunk_size": 5, "returns": ["jacobian"]}
 GOOD = """\
 model: {kind: function, expression: "a[0]*2", inputs: [a]}
 inputs: {kind: inline, values: [[1, 2], [3, 4]]}
@@ -70,8 +75,6 @@ def library(base, text, overrides):
 
 
 def test_the_specs_that_are_spoilt_are_good_before(folder, inputs):
-    import random
-
     for seed in range(0, 60, 5):
         assert not library(folder, dump(good_spec(random.Random(seed), inputs)), [])
 
@@ -115,11 +118,52 @@ def test_the_schema_takes_what_the_check_takes(folder, inputs, seeds):
             caught.append(not validator.is_valid(document.data))
             continue
         error = next(validator.iter_errors(document.data), None)
-        # A request takes the text '2' for the number 2, which an editor may well underline.
-        if error is not None and not isinstance(error.instance, str):
+        # A request takes the text '2' for the number 2, and 1 for true, which an editor may well underline.
+        if error is not None and not isinstance(error.instance, str) and error.validator_value != "boolean":
             wrong.append((seed, error.message[:200]))
     assert wrong == []
     assert sum(caught) > 0.9 * len(caught)
+
+
+@pytest.fixture(scope="module")
+def spoilable(tmp_path_factory):
+    """A folder with a file of each kind that a spec may name, and by kind: the spec, and the files with their bytes."""
+    base = tmp_path_factory.mktemp("spoilt")
+    runs = {write.__name__: (MODEL, write(base)) for write in source_files.FILES}
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh())
+    jacray.export(net, torch.ones(2, 2), base / "net.safetensors")
+    torch.save(net.state_dict(), base / "net.pt")
+    layers = [{"kind": "Linear", "in_features": 2, "out_features": 3}, {"kind": "Tanh"}]
+    x = {"kind": "random", "shape": [3, 2]}
+    runs["graph"] = ({"kind": "graph", "path": "net.safetensors"}, x)
+    runs["weights"] = ({"kind": "layers", "layers": layers, "weights": "net.pt"}, x)
+    found = {}
+    for kind, (model, inputs) in runs.items():
+        named = base / (inputs.get("path") or model.get("path") or model["weights"])
+        files = [named] if named.is_file() else sorted(p for p in named.rglob("*") if p.is_file())
+        document = {"model": model, "inputs": inputs, "request": PINNED, "cluster": {"address": "inline"}}
+        found[kind] = (dump(document | {"output": OUTPUT}), {file: file.read_bytes() for file in files})
+    return base, found
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [range(25), *(pytest.param(range(n, n + 160), marks=pytest.mark.slow) for n in (25, 185, 345))],
+    ids=["few", "many", "more", "most"],
+)
+def test_spoilt_files_end_in_one_line_at_the_command_line(spoilable, monkeypatch, seeds):
+    base, runs = spoilable
+    monkeypatch.chdir(base)
+    refused = 0
+    for seed in seeds:
+        rng = random.Random(f"file {seed}")
+        text, files = runs[rng.choice(sorted(runs))]
+        file = rng.choice(sorted(files))
+        file.write_bytes(hostile.bad_bytes(files[file], rng))
+        code, _ = ends(base, text)
+        refused += code == 1
+        file.write_bytes(files[file])
+    assert refused > 0.4 * len(seeds)
 
 
 # YAML ------------------------------------------------------------------------------------------------------------
@@ -267,8 +311,6 @@ def test_numbers_that_matter_are_numbers_or_refused(tmp_path, monkeypatch, key, 
 
 @pytest.mark.parametrize("odd", hostile.ODD, ids=lambda odd: repr(odd)[:30])
 def test_the_functions_refuse_odd_models_inputs_and_fields_as_users_errors(odd):
-    import torch
-
     x = torch.ones(2, 3)
     for call in (
         lambda: jacray.compute({"kind": "layers", "layers": odd}, x),

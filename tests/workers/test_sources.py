@@ -12,6 +12,7 @@ import torch
 import zarr
 from jacray_workers import sources
 from jacray_workers.errors import InputError, SpecError, UserError
+from jacray_workers.sources import ranged
 from jacray_workers.sources.loader import load
 from jacray_workers.sources.specs import InputSpec
 from jacray_workers.sources.weighting import check_directions, directions
@@ -144,11 +145,43 @@ def test_a_zarr_array_and_foreign_byte_orders_are_read_too(tmp_path):
     assert torch.equal(loaded(tmp_path, kind="npy", path="big.npy").inputs, torch.from_numpy(ROWS).double())
 
 
-def test_an_npy_is_mapped_and_its_file_never_written(tmp_path):
+def test_an_npy_is_never_written_and_may_be_cut_off_once_it_was_read(tmp_path):
     spec = write_npy(tmp_path)
     before = (tmp_path / "x.npy").read_bytes()
-    loaded(tmp_path, **spec).inputs.mul_(2)
+    found = loaded(tmp_path, **spec).inputs
+    expected = found.clone()
+    found.mul_(2)
     assert (tmp_path / "x.npy").read_bytes() == before
+    (tmp_path / "x.npy").write_bytes(b"")  # what is mapped ends the process here
+    assert torch.equal(found, expected * 2)
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors"])
+def test_a_file_that_is_cut_off_while_it_is_read_is_refused(tmp_path, monkeypatch, kind):
+    """Found out by its size before a read; here it is cut off after that look."""
+    x = torch.arange(60, dtype=torch.float32).reshape(20, 3)
+    if kind == "npy":
+        np.save(tmp_path / "x.npy", np.asfortranarray(x))
+    else:
+        save_file({"x": x}, tmp_path / "x.safetensors")
+    found = sources.rows(ADAPTER.validate_python({"kind": kind, "path": f"x.{kind}"}), tmp_path)
+    assert torch.equal(found.read(3, 7).inputs, x[3:7])
+    path = tmp_path / f"x.{kind}"
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size - 8)
+    with pytest.raises(InputError, match="has changed since it was opened"):
+        found.read(0, 20)
+    monkeypatch.setattr(ranged, "check_unchanged", lambda _: None)
+    with pytest.raises(InputError, match="must hold the bytes that its header promises"):
+        found.read(0, 20)
+
+
+def test_an_array_whose_first_axis_varies_fastest_is_read_by_range(tmp_path):
+    x = np.arange(2 * 3 * 4 * 5, dtype=np.int32).reshape(5, 4, 3, 2)
+    np.save(tmp_path / "x.npy", np.asfortranarray(x))
+    found = sources.rows(ADAPTER.validate_python({"kind": "npy", "path": "x.npy"}), tmp_path)
+    for start, stop in ((0, 5), (0, 1), (2, 4), (4, 5)):
+        assert np.array_equal(found.read(start, stop).inputs, x[start:stop])
 
 
 def test_preprocessing_steps_run_in_order(tmp_path):
