@@ -114,11 +114,16 @@ class Gather:
         self.sums = {a.key: Sum() for a in plan.arrays if a.axis < 0}
         self.whole: dict[str, Tensor] = {}
         self.seen = Seen()
+        self._last: tuple[Shard, dict[str, Tensor]] | None = None
 
     def into(self, shard: Shard) -> dict[str, Tensor]:
         """The parts of the arrays that belong to a shard, to be written to."""
+        if self._last is not None and self._last[0] is shard:
+            return self._last[1]
         parts = {key: self._part(array, shard) for key, array in self.placed.items()}
-        return {key: part for key, part in parts.items() if part is not None}
+        found = {key: part for key, part in parts.items() if part is not None}
+        self._last = shard, found
+        return found
 
     def add(self, result: ShardResult) -> None:
         """Take a shard's blocks; nothing of theirs is referred to afterwards but what must wait for the others."""
@@ -126,7 +131,7 @@ class Gather:
         self.seen.add(shard.index)
         for key, target in self.into(shard).items():
             block = result.blocks[key]
-            if block.data_ptr() != target.data_ptr():
+            if block is not target and block.data_ptr() != target.data_ptr():
                 target.copy_(block)
         for key, parts in self.factored.items():
             parts[shard.index] = result.blocks[key]

@@ -68,7 +68,8 @@ def outcome(prepared: Prepared, gathered: Gathering, plan: Plan, receipt: Receip
     """
     blocks = gathered.finish()
     if isinstance(gathered, Gather):
-        return Result(assemble(replace(prepared, plan=plan), blocks), plan, receipt)
+        prepared = prepared if prepared.plan is plan else replace(prepared, plan=plan)
+        return Result(assemble(prepared, blocks), plan, receipt)
     from jacray import store
     from jacray.folders import RECEIPT
     from jacray.stored import StoredResult

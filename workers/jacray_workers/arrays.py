@@ -170,6 +170,8 @@ def structure(problem: Problem, request: Request, name: str, by_place: dict[tupl
     outs, leaves = problem.out_tree, problem.wrt_tree
 
     def over(tree: object, pick: object) -> object:
+        if type(tree) is int:
+            return pick(tree)  # type: ignore[operator]
         return pytree.tree_map(lambda i: None if i is None else pick(i), tree)  # type: ignore[operator]
 
     if name in ("norms", "singular_values", "logabsdet", "ntk"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -67,11 +67,8 @@ def key_of(model: Any, inputs: Any, request: Request, workers: tuple[int, bool])
     leaves, spec = pytree.tree_flatten(inputs)
     if not all(isinstance(leaf, Tensor) for leaf in leaves) or not leaves:
         return None
-    asked = tuple(
-        repr(value) if isinstance(value, list | dict) else value
-        for name, value in request.__dict__.items()
-        if name not in ("weights", "vectors")
-    )
+    held = {**request.__dict__, "weights": None, "vectors": None}
+    asked = tuple([repr(value) if isinstance(value, list | dict) else value for value in held.values()])
     directions = (_shapes(request.weights), _shapes(request.vectors))
     shapes = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     # What was planned for a plain net holds for no other.
@@ -95,7 +92,7 @@ def recall(model: Any, key: Key | None) -> tuple[Problem, Plan, list[Tensor]] | 
         return None
     problem, module = kept.problem, as_module(model)
     tensors = moved(module, problem.device, problem.cast)
-    return replace(problem, module=module, tensors=tensors), kept.plan, key.leaves
+    return problem.around(module, tensors), kept.plan, key.leaves
 
 
 def remember(model: Any, key: Key | None, problem: Problem, plan: Plan) -> None:
@@ -106,7 +103,7 @@ def remember(model: Any, key: Key | None, problem: Problem, plan: Plan) -> None:
     around = key.around if Makeup(model).around == key.around else None
     versions = _versions(model) if problem.memo.get(READS_OWN) else None
     # Without the module and its tensors: an entry that held its own model would keep it alive for ever.
-    entries[key.parts] = Entry(replace(problem, module=_NOBODY, tensors={}), plan, around, versions)
+    entries[key.parts] = Entry(problem.around(_NOBODY, {}), plan, around, versions)
     while len(entries) > PER_MODEL:
         entries.popitem(last=False)
 

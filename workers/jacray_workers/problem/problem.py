@@ -206,12 +206,16 @@ class Problem:
     notes: tuple[str, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self) -> contextlib.AbstractContextManager[None]:
         """The state to compute in; the caller's module is as it was afterwards."""
         seed = self.seed if self.random else None
-        with session(self.module, training=self.training, tf32=self.tf32, seed=seed, stateful=self.stateful):
-            yield
+        return session(self.module, training=self.training, tf32=self.tf32, seed=seed, stateful=self.stateful)
+
+    def around(self, module: nn.Module, tensors: dict[str, Tensor]) -> Problem:
+        """The same around another module: what `dataclasses.replace` gives, at a tenth of its cost."""
+        made = object.__new__(Problem)
+        made.__dict__.update(self.__dict__, module=module, tensors=tensors)
+        return made
 
     def values(self, batch: Sequence[Tensor]) -> list[Tensor]:
         """The leaves' values for this batch: `(B, *leaf)` for inputs and hidden points, `(*param)` for parameters."""

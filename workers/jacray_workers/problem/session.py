@@ -44,14 +44,14 @@ def session(
     parts = modules_of(module)
     with (
         lock_of(module),
-        kept(module, deep=stateful),
+        kept(module, deep=stateful, parts=parts),
         _AsleepParameters(parts),
+        _Mode(module, parts, training),
         _FAST_PATH_OFF,
         _NO_FALLBACK_WARNINGS,
         _surroundings(tf32, seed),
         torch.enable_grad(),
     ):
-        _switch(module, parts, training)
         _make_dense(parts)
         yield
 
@@ -81,20 +81,40 @@ def _make_dense(parts: Sequence[nn.Module]) -> None:
             part.sparse = False
 
 
-def _switch(module: nn.Module, parts: Sequence[nn.Module], training: bool) -> None:
-    """Put the module into train or eval mode.
+class _Mode(contextlib.AbstractContextManager[None]):
+    """Train or eval mode while it is open.
 
     Raises:
         ModelError: training mode was asked of an exported program, whose mode is part of its graph.
     """
-    if all(part.training == training for part in parts):
-        return
-    try:
-        module.train(training)
-    except NotImplementedError as error:
-        if training:
-            rule = f"must be able to change its mode, but raised NotImplementedError: {error}"
-            raise ModelError("model", rule, type(module).__name__, "export it in training mode") from error
+
+    def __init__(self, module: nn.Module, parts: Sequence[nn.Module], training: bool) -> None:
+        self._module, self._training = module, training
+        self._others = [part for part in parts if part.training != training]
+
+    def __enter__(self) -> None:
+        if all(type(part).train is nn.Module.train and "training" in part.__dict__ for part in self._others):
+            # The flag alone: setting attributes of a module the usual way costs small models dear.
+            for part in self._others:
+                part.__dict__["training"] = self._training
+        elif self._others:
+            self._switch()
+
+    def __exit__(self, *exc: object) -> None:
+        for part in self._others:
+            if "training" in part.__dict__:
+                part.__dict__["training"] = not self._training
+            else:
+                part.training = not self._training
+
+    def _switch(self) -> None:
+        try:
+            self._module.train(self._training)
+        except NotImplementedError as error:
+            if self._training:
+                rule = f"must be able to change its mode, but raised NotImplementedError: {error}"
+                way_out = "export it in training mode"
+                raise ModelError("model", rule, type(self._module).__name__, way_out) from error
 
 
 class _FallbackWarnings(contextlib.AbstractContextManager[None]):

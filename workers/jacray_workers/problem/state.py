@@ -10,7 +10,8 @@ import contextlib
 import copy
 import random
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,14 @@ from jacray_workers.planning.watching import Watcher
 OWN = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _SOURCES = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_EMPTY: dict[Any, Any] = {}
 # How deep containers within containers are looked into: a cache by layer, by name, is two.
 _DEPTH = 3
 
 
 def same(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
     """The same keys in the same order with identical values; equality would ask tensors for a truth value."""
-    return [*map(id, now.values())] == [*map(id, before.values())] and [*now] == [*before]
+    return len(now) == len(before) and all(map(is_, now.values(), before.values())) and [*now] == [*before]
 
 
 def modules_of(module: nn.Module) -> list[nn.Module]:
@@ -50,16 +52,12 @@ class Snapshot:
     Args:
         module: the model.
         deep: look into containers and sources of random numbers too, as models that keep a state need it.
+        parts: the module and all within it, where that is known.
     """
 
-    def __init__(self, module: nn.Module, *, deep: bool) -> None:
+    def __init__(self, module: nn.Module, *, deep: bool, parts: Sequence[nn.Module] | None = None) -> None:
         self._modules = [
-            (
-                m,
-                dict(m.__dict__),
-                {name: dict(m.__dict__[name]) for name in OWN if isinstance(m.__dict__.get(name), dict)},
-            )
-            for m in modules_of(module)
+            (m, m.__dict__.copy(), _tables(m.__dict__)) for m in (modules_of(module) if parts is None else parts)
         ]
         self._containers: list[tuple[Any, Any]] = []
         self._sources: list[tuple[Any, Any]] = []
@@ -94,9 +92,9 @@ class Snapshot:
             if not same(m.__dict__, attributes):
                 m.__dict__.clear()
                 m.__dict__.update(attributes)
-            for name, table in tables.items():
-                current = m.__dict__[name]
-                if not same(current, table):
+            for name in OWN:
+                current, table = m.__dict__.get(name), tables.get(name, _EMPTY)
+                if (current or table) and isinstance(current, dict) and not same(current, table):
                     current.clear()
                     current.update(table)
         for now, before in self._containers:
@@ -105,6 +103,16 @@ class Snapshot:
                 now.extend(before) if isinstance(now, list | deque) else now.update(before)
         for source, state in self._sources:
             _set_state(source, state)
+
+
+def _tables(attributes: dict[str, Any]) -> dict[str, dict[Any, Any]]:
+    """Copies of those of a module's own tables that hold something; most hold nothing."""
+    found = {}
+    for name in OWN:
+        table = attributes.get(name)
+        if table and isinstance(table, dict):
+            found[name] = table.copy()
+    return found
 
 
 def scripted(module: nn.Module) -> frozenset[str]:
@@ -120,9 +128,9 @@ def scripted(module: nn.Module) -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def kept(module: nn.Module, *, deep: bool) -> Iterator[None]:
+def kept(module: nn.Module, *, deep: bool, parts: Sequence[nn.Module] | None = None) -> Iterator[None]:
     """The modules' attributes, counters, caches and tables come back as they were."""
-    before = Snapshot(module, deep=deep)
+    before = Snapshot(module, deep=deep, parts=parts)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ Slopes are torch's own backward for a cotangent of ones (`derivatives.yaml`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,12 @@ class Curve:
     value: Value
     slope: Callable[[Any, Tensor, Tensor], Tensor]
     gate: bool = False
+
+
+@functools.cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.ones((), dtype=dtype, device=device)
 
 
 def _of_result(value: Callable[[Tensor], Tensor], backward: Any) -> Curve:
@@ -76,7 +83,7 @@ def _by_autograd(kind: type[nn.Module]) -> Curve:
 
 CURVES: dict[type[nn.Module], Curve] = {
     nn.ReLU: Curve(lambda _, h: torch.relu(h), _values, gate=True),
-    nn.Tanh: _of_result(torch.tanh, _aten.tanh_backward),
+    nn.Tanh: Curve(lambda _, h: torch.tanh(h), lambda _, __, y: torch.addcmul(_one(y.dtype, y.device), y, y, value=-1)),
     nn.Sigmoid: _of_result(torch.sigmoid, _aten.sigmoid_backward),
     nn.GELU: _of_argument(_aten.gelu, _aten.gelu_backward, "approximate"),
     nn.SiLU: _of_argument(_aten.silu, _aten.silu_backward),

@@ -7,8 +7,8 @@ to it in between counts, and nothing of it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,17 +21,17 @@ from jacray_workers.straight.curves import CURVES, Curve
 _DTYPES = (torch.float32, torch.float64)
 # In eval mode these hand on what they are given.
 _NOTHING = (nn.Identity, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(
     getattr(globals_of, name)
     for name in (
         "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
     )
 )  # fmt: skip
+_TOPS = frozenset((nn.Sequential, nn.Linear))
 _KNOWN = (nn.Sequential, nn.Linear, nn.Flatten, *_NOTHING, *CURVES)
 # What runs when such a module is called, as torch brought it: somebody may have put something else in its place.
 _FORWARDS: dict[type[nn.Module], Any] = {kind: getattr(kind, "forward") for kind in _KNOWN}  # noqa: B009
-_CALLS = (nn.Module.__call__, nn.Module._call_impl)
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _LINEAR = F.linear
 _OWN: Mapping[str, Tensor] = {}
 
@@ -43,8 +43,7 @@ class Bent(NamedTuple):
     part: nn.Module
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A net as it stands at this moment.
 
     Attributes:
@@ -52,28 +51,28 @@ class Line:
         biases: one per weight, or None.
         gaps: what stands before each weight, and behind the last.
         flat: the input is flattened to one axis per sample.
+        make: numbers of one sample before each weight and behind the last, and whether a function stands there: what
+            the way to compute depends on, and no value of a tensor.
     """
 
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    gaps: tuple[tuple[Bent, ...], ...]
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    gaps: list[list[Bent]]
     flat: bool
+    make: tuple[tuple[int, ...], tuple[bool, ...]]
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Numbers of one sample before each weight, and behind the last."""
-        return (*(w.shape[1] for w in self.weights), self.weights[-1].shape[0])
-
-    @property
-    def make(self) -> tuple[Any, ...]:
-        """What the way to compute depends on, and no value of a tensor."""
-        return self.widths, tuple(bool(gap) for gap in self.gaps)
+        return self.make[0]
 
     def takes(self, x: Tensor) -> bool:
         """Whether these inputs, `(B, *in)`, go through it sample by sample as one row each."""
-        size = x.numel() // max(x.shape[0], 1) if x.dim() > 1 else -1
-        plain = x.layout is torch.strided and x.dtype is self.weights[0].dtype and x.device == self.weights[0].device
-        return plain and size == self.weights[0].shape[1] and (self.flat or x.dim() == 2)
+        first, shape = self.weights[0], x.shape
+        if len(shape) < 2 or shape[0] == 0 or not (self.flat or len(shape) == 2):
+            return False
+        fits = math.prod(shape[1:]) == self.make[0][0]
+        return fits and x.layout is torch.strided and x.dtype is first.dtype and x.device == first.device
 
 
 def read(module: Any, own: Mapping[str, Tensor] = _OWN) -> Line | None:
@@ -83,18 +82,26 @@ def read(module: Any, own: Mapping[str, Tensor] = _OWN) -> Line | None:
         module: any module.
         own: tensors by name that stand for the module's parameters.
     """
-    if type(module) not in (nn.Sequential, nn.Linear) or any(_GLOBAL_HOOKS):
+    if type(module) not in _TOPS or _changed():
         return None
-    if (nn.Module.__call__, nn.Module._call_impl) != _CALLS or F.linear is not _LINEAR:
-        return None
+    parts = _parts(module, "", [])
+    return None if parts is None else _line(parts, own)
+
+
+def _changed() -> bool:
+    """Whether a module's call does more, for all modules, than torch brought."""
+    if any(_GLOBAL_HOOKS) or F.linear is not _LINEAR:
+        return True
+    return nn.Module.__call__ is not _CALL or nn.Module._call_impl is not _CALL_IMPL
+
+
+def _line(parts: list[tuple[str, Any]], own: Mapping[str, Tensor]) -> Line | None:
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     gaps: list[list[Bent]] = [[]]
     flat = False
-    for path, part in _parts(module, ""):
+    for path, part in parts:
         kind = type(part)
-        if kind not in _FORWARDS or not _untouched(part):
-            return None
         if kind is nn.Linear:
             pair = _tensors(part, path, own)
             if pair is None or (weights and not _follows(weights[-1], pair[0])):
@@ -108,22 +115,36 @@ def read(module: Any, own: Mapping[str, Tensor] = _OWN) -> Line | None:
             if part.start_dim != 1 or part.end_dim != -1:
                 return None
             flat = flat or not weights
-    return Line(tuple(weights), tuple(biases), tuple(map(tuple, gaps)), flat) if weights else None
+    if not weights:
+        return None
+    widths = (*[w.shape[1] for w in weights], weights[-1].shape[0])
+    return Line(weights, biases, gaps, flat, (widths, tuple([bool(gap) for gap in gaps])))
 
 
-def _parts(module: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The modules in the order in which they run, those of nested sequences in their places."""
-    yield path, module
-    if type(module) is nn.Sequential:
-        for name, part in module._modules.items():
-            yield from _parts(part, f"{path}{name}.")
+def _parts(module: Any, path: str, found: list[tuple[str, Any]]) -> list[tuple[str, Any]] | None:
+    """The modules in the order in which they run, those of nested sequences in their places; None of unknown ones."""
+    kind = type(module)
+    forward = _FORWARDS.get(kind)
+    if forward is None or kind.forward is not forward or not _untouched(module.__dict__):
+        return None
+    if kind is not nn.Sequential:
+        found.append((path, module))
+        return found
+    for name, part in module._modules.items():
+        if _parts(part, f"{path}{name}.", found) is None:
+            return None
+    return found
 
 
-def _untouched(part: nn.Module) -> bool:
-    """No hooks, and the class's own forward, as torch brought it."""
-    held = part.__dict__
-    hooked = any(held[name] for name in _HOOKS)
-    return not hooked and "forward" not in held and type(part).forward is _FORWARDS[type(part)]
+def _untouched(held: dict[str, Any]) -> bool:
+    """No hooks, and no forward but the class's own."""
+    return not (
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+    )
 
 
 def _tensors(part: nn.Module, path: str, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None] | None:

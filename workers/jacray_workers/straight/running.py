@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
@@ -13,13 +12,13 @@ from torch import Tensor
 from jacray_workers.straight.order import Step, solve
 from jacray_workers.straight.reading import Line
 
-_gated: Any = torch.ops.aten.threshold_backward
+_gated: Any = torch.ops.aten.threshold_backward.default
+_gated_into: Any = torch.ops.aten.threshold_backward.grad_input
 # Columns below which a matrix product is several times slower than with its matrix laid out the other way.
 NARROW = 16
 
 
-@dataclass(frozen=True)
-class Diagonal:
+class Diagonal(NamedTuple):
     """The derivatives at one width, `(B, width)`; of a gate the values, which let through where they are above 0."""
 
     numbers: Tensor
@@ -35,11 +34,7 @@ class Diagonal:
 
     def factors(self) -> Tensor:
         """The derivatives themselves."""
-        return (
-            Diagonal(self.numbers, True)._scale(torch.ones_like(self.numbers), self.numbers, fresh=True)
-            if self.gate
-            else self.numbers
-        )
+        return self._scale(torch.ones_like(self.numbers), self.numbers, fresh=True) if self.gate else self.numbers
 
     def after(self, before: Diagonal | None) -> Diagonal:
         """Both, one behind the other."""
@@ -48,9 +43,7 @@ class Diagonal:
     def _scale(self, matrix: Tensor, numbers: Tensor, *, fresh: bool) -> Tensor:
         if self.gate:
             # Not a product: what is off is 0 even where a weight is infinite, as in torch's own backward.
-            made: Tensor = (
-                _gated.grad_input(matrix, numbers, 0, grad_input=matrix) if fresh else _gated(matrix, numbers, 0)
-            )
+            made: Tensor = _gated_into(matrix, numbers, 0, grad_input=matrix) if fresh else _gated(matrix, numbers, 0)
             return made
         return matrix.mul_(numbers) if fresh else matrix * numbers
 
@@ -77,15 +70,16 @@ class _Work:
     def __init__(self, line: Line, x: Tensor, rows: Sequence[int] | range | None) -> None:
         self.samples = x.shape[0]
         self.factors: tuple[Tensor, ...] = ()
-        self.weights = list(line.weights)
-        self.diagonals = _diagonals(line, x.detach().flatten(1))
+        self.weights = line.weights
+        self.diagonals = _diagonals(line, x if x.dim() == 2 else x.flatten(1))
+        widths, bent = line.make
         if rows is not None:
             chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)
-            self.weights[-1] = self.weights[-1][chosen]
+            self.weights = [*line.weights[:-1], line.weights[-1][chosen]]
             end = self.diagonals[-1]
             self.diagonals[-1] = None if end is None else Diagonal(end.numbers[:, chosen], end.gate)
-        widths = (*line.widths[:-1], self.weights[-1].shape[0])
-        self.order = solve(widths, tuple(d is not None for d in self.diagonals), self.samples)
+            widths = (*widths[:-1], self.weights[-1].shape[0])
+        self.order = solve(widths, bent, self.samples)
 
     def run(self, into: Tensor) -> tuple[Tensor, ...]:
         """All of it."""
