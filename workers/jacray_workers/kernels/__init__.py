@@ -20,6 +20,7 @@ from those instead.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -32,6 +33,7 @@ def lacks(method: str) -> frozenset[str]:
     return _LACKS.get(method, frozenset())
 
 
+@functools.cache
 def pick(method: str) -> ModuleType:
     """The kernel of this name; loaded when first used."""
     return importlib.import_module(f"jacray_workers.kernels.{method}")

@@ -24,7 +24,6 @@ from jacray_workers.planning.watching import Watcher
 OWN = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 _SOURCES = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-_EMPTY: dict[Any, Any] = {}
 # How deep containers within containers are looked into: a cache by layer, by name, is two.
 _DEPTH = 3
 
@@ -56,14 +55,26 @@ class Snapshot:
     """
 
     def __init__(self, module: nn.Module, *, deep: bool, parts: Sequence[nn.Module] | None = None) -> None:
-        self._modules = [
-            (m, m.__dict__.copy(), _tables(m.__dict__)) for m in (modules_of(module) if parts is None else parts)
-        ]
+        self._modules: list[tuple[nn.Module, dict[str, Any]]] = []
+        # A module's own tables, of which most hold nothing.
+        self._filled: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._bare: list[dict[Any, Any]] = []
+        for m in modules_of(module) if parts is None else parts:
+            attributes = m.__dict__.copy()
+            self._modules.append((m, attributes))
+            for name in OWN:
+                table = attributes.get(name)
+                # Those of scripted modules are no dicts.
+                if isinstance(table, dict):
+                    if table:
+                        self._filled.append((table, table.copy()))
+                    else:
+                        self._bare.append(table)
         self._containers: list[tuple[Any, Any]] = []
         self._sources: list[tuple[Any, Any]] = []
         if deep:
             seen: set[int] = set()
-            for _, attributes, _ in self._modules:
+            for _, attributes in self._modules:
                 for name, value in attributes.items():
                     if name not in OWN:
                         self._look(value, seen, _DEPTH)
@@ -81,38 +92,30 @@ class Snapshot:
     def changed(self) -> bool:
         """Whether anything is no longer as it was."""
         return (
-            any(not same(m.__dict__, attributes) for m, attributes, _ in self._modules)
+            any(not same(m.__dict__, attributes) for m, attributes in self._modules)
             or any(not _same_contents(now, before) for now, before in self._containers)
             or any(not _equal(_state_of(source), state) for source, state in self._sources)
         )
 
     def restore(self) -> None:
         """Put everything back."""
-        for m, attributes, tables in self._modules:
+        for m, attributes in self._modules:
             if not same(m.__dict__, attributes):
                 m.__dict__.clear()
                 m.__dict__.update(attributes)
-            for name in OWN:
-                current, table = m.__dict__.get(name), tables.get(name, _EMPTY)
-                if (current or table) and isinstance(current, dict) and not same(current, table):
-                    current.clear()
-                    current.update(table)
+        for table, held in self._filled:
+            if not same(table, held):
+                table.clear()
+                table.update(held)
+        for table in self._bare:
+            if table:
+                table.clear()
         for now, before in self._containers:
             if not _same_contents(now, before):
                 now.clear()
                 now.extend(before) if isinstance(now, list | deque) else now.update(before)
         for source, state in self._sources:
             _set_state(source, state)
-
-
-def _tables(attributes: dict[str, Any]) -> dict[str, dict[Any, Any]]:
-    """Copies of those of a module's own tables that hold something; most hold nothing."""
-    found = {}
-    for name in OWN:
-        table = attributes.get(name)
-        if table and isinstance(table, dict):
-            found[name] = table.copy()
-    return found
 
 
 def scripted(module: nn.Module) -> frozenset[str]:

@@ -222,6 +222,8 @@ def split(prepared: Prepared) -> tuple[tuple[str, ...], tuple[str, ...]]:
     Where blocks are computed anyway, everything that they give comes from them: methods differ in the passes they have.
     """
     problem, request, plan = prepared.problem, prepared.request, prepared.plan
+    if request.returns == ("jacobian",):
+        return (), ()
     products = [name for name in request.returns if name in needs.FROM_JACOBIAN and name != "jacobian"]
     blocks = {name for name in needs.from_blocks(problem, request) if name in products}
     if blocks or "jacobian" in request.returns:
