@@ -334,6 +334,51 @@ def test_a_threshold_that_copies_of_a_sample_would_cross():
     torch.testing.assert_close(found, torch.diag_embed(2 * x))
 
 
+class Branching(nn.Module):
+    """One of two functions, picked by `torch.cond` or by `if`."""
+
+    def __init__(self, pick, plain=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.pick, self.plain = nn.Linear(4, 5), nn.Linear(5, 3), pick, plain
+
+    def forward(self, x):
+        def inner(t):
+            return self.branch(t.sum() > 1, lambda s: s**2, torch.sin, t)
+
+        return self.last(self.branch(self.pick(self, x), inner, torch.tanh, self.first(x)))
+
+    def branch(self, pred, yes, no, t):
+        return (yes(t) if pred else no(t)) if self.plain else torch.cond(pred, yes, no, (t,))
+
+
+@pytest.mark.parametrize("wrt", ["inputs", "params", {"module": "first", "side": "output"}])
+def test_cond_takes_the_branch_of_each_sample(wrt):
+    """Brute force takes the same model with `if`: torch itself cannot differentiate these branches of `torch.cond`."""
+    model, twin = (Branching(lambda _, x: x.sum() > 0, plain) for plain in (False, True))
+    assert len({bool(row.sum() > 0) for row in X}) == 2
+    found = compute(model, X, wrt=wrt, returns=["jacobian", "outputs"], verify=3)
+    assert not found.plan.batched
+    assert reference.worst(found.jacobian, reference.jacobian(twin, X, wrt)) < 1e-4
+    assert reference.worst(found.outputs, reference.outputs(twin, X)) < 1e-4
+    for method in VMAP:
+        assert "vmap cannot follow" in refused(model, X, method, wrt=wrt).rule
+
+
+@pytest.mark.parametrize("method", ["auto", "backward_loop", "reverse", "forward"])
+def test_cond_on_what_all_samples_share(method):
+    class Shared(Branching):
+        def forward(self, x):
+            scaled = self.branch(self.last.weight.sum() > 0, lambda t: t * 2, lambda t: t * 3, self.first(x))
+            return self.last(torch.tanh(scaled))
+
+    model, twin = (Shared(None, plain) for plain in (False, True))
+    for wrt in ("inputs", "params"):
+        found = compute(model, X, wrt=wrt, method=method)
+        assert found.plan.batched
+        assert reference.worst(found.jacobian, reference.jacobian(twin, X, wrt)) < 1e-4
+
+
 def test_a_loop_until_convergence():
     model, x = ENTRIES["fixed_point_until"].make()
     plan = right(model, x, wrt="params")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from jacray_workers.errors import ModelError
+from jacray_workers.problem.branches import Branches
 from jacray_workers.problem.points import hidden_points
 from jacray_workers.problem.session import seed_generators, session
 from jacray_workers.problem.state import kept, modules_of
@@ -59,6 +60,14 @@ def as_module(model: Any) -> nn.Module:
     if lazy:
         raise ModelError("model", "must have initialised parameters", lazy[0], "call the model once on a batch first")
     return module
+
+
+@contextlib.contextmanager
+def _both(
+    outer: contextlib.AbstractContextManager[None], inner: contextlib.AbstractContextManager[Any]
+) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def own_tensor(module: nn.Module, name: str) -> Tensor:
@@ -173,6 +182,7 @@ class Problem:
         differentiates: the model takes derivatives itself, so gradients are on in every pass.
         stateful: the model keeps something from one call to the next, so every pass starts from what the job found.
         written: the parameters and buffers that it writes into, so every pass is given copies of them.
+        branches: the model calls `torch.cond`, which runs as the branch that it takes.
         compared: the model reads values of its masks or indices, which `vmap` cannot follow; a batch is only passed to
             a method once its samples were seen to give what they give alone.
         workspace: bytes that a method may hold at a time beside its results, where it has the choice.
@@ -201,6 +211,7 @@ class Problem:
     differentiates: bool = False
     stateful: bool = False
     written: tuple[str, ...] = ()
+    branches: bool = False
     compared: bool = False
     workspace: int = 1 << 28
     notes: tuple[str, ...] = ()
@@ -209,7 +220,8 @@ class Problem:
     def session(self) -> contextlib.AbstractContextManager[None]:
         """The state to compute in; the caller's module is as it was afterwards."""
         seed = self.seed if self.random else None
-        return session(self.module, training=self.training, tf32=self.tf32, seed=seed, stateful=self.stateful)
+        held = session(self.module, training=self.training, tf32=self.tf32, seed=seed, stateful=self.stateful)
+        return _both(held, Branches()) if self.branches else held
 
     def around(self, module: nn.Module, tensors: dict[str, Tensor]) -> Problem:
         """The same around another module: what `dataclasses.replace` gives, at a tenth of its cost."""

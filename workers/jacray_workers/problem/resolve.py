@@ -133,7 +133,14 @@ def _watched(problem: Problem, batch: Sequence[Tensor]) -> tuple[Any, Problem]:
         seen = [name for name, version in versions.items() if own[name]._version != version]
         writes.undo()
     written = tuple(sorted({*writes.saved, *seen} - scripted(problem.module)))
-    return y, replace(problem, differentiates=differentiates, stateful=stateful, random=random, written=written)
+    return y, replace(
+        problem,
+        differentiates=differentiates,
+        stateful=stateful,
+        random=random,
+        written=written,
+        branches=writes.branches,
+    )
 
 
 def _first_run(problem: Problem, batch: Sequence[Tensor]) -> tuple[Any, bool]:

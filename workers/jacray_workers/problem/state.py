@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from jacray_workers.planning.watching import Watcher
+from jacray_workers.problem.branches import COND
 
 # Tables that belong to `nn.Module` itself.
 OWN = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
@@ -177,7 +178,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 class Writes(Watcher):
-    """Notices which of a model's tensors a pass writes into, and puts their values back.
+    """Notices which of a model's tensors a pass writes into, and puts their values back; and whether it branches.
 
     Args:
         tensors: parameters and buffers by name, as the model sees them.
@@ -186,6 +187,7 @@ class Writes(Watcher):
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.saved: dict[str, Tensor] = {}
+        self.branches = False
         self._tensors = tensors
         self._names: dict[int, list[str]] = {}
         for name, tensor in tensors.items():
@@ -193,6 +195,7 @@ class Writes(Watcher):
                 self._names.setdefault(tensor.untyped_storage()._cdata, []).append(name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.branches = self.branches or func is COND
         for tensor in written_by(func, args, kwargs or {}):
             for name in self._names.get(tensor.untyped_storage()._cdata, ()):
                 if name not in self.saved:
