@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from jacray_workers.problem.resolve import resolve
 from jacray_workers.problem.weights import cotangents, tangents
 from jacray_workers.request import make_request
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from tests.door import compute
 
@@ -130,14 +133,65 @@ def test_an_output_without_weights_counts_as_zero():
     [
         ({"c": torch.ones(2)}, "names what is not there"),
         ({"a": None, "b": None}, "must hold at least one tensor"),
-        ({"a": torch.ones(2, B, 2), "b": torch.ones(3, B, 3)}, "must hold as many directions for every name"),
-        (torch.ones(2), "must have the structure of the results"),
+        ({"a": torch.ones(2, B, 2), "b": torch.ones(3, B, 3)}, "the same K, for every name, or one for each"),
+        (torch.ones(2), "must have the structure of the results: a dict with the names a, b"),
+        ([{"a": torch.ones(2)}, {"a": torch.ones(2)}], "must have the structure of the results: a dict"),
     ],
 )
 def test_a_tree_of_weights_that_does_not_fit(weights, rule):
     with pytest.raises(RequestError, match=rule) as caught:
         compute(Two(), torch.randn(B, 4), returns="weighted_gradient", weights=weights)
     assert caught.value.argument.startswith("weights")
+
+
+class Deep(nn.Module):
+    """Outputs in nests, one of which has no derivative."""
+
+    def forward(self, x):
+        return {"u": (x**2, x.sum(1)), "label": x.argmax(1)}
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_lists_serve_for_tuples(kind):
+    x, k = torch.randn(B, 4), (torch.randn(5, B, 4), torch.randn(5, B))
+    fields = {"returns": "weighted_gradient"}
+    found = compute(Deep(), x, weights={"u": kind(k), "label": None}, **fields).weighted_gradient
+    torch.testing.assert_close(found, k[0] * 2 * x + k[1][..., None])
+    found = compute(Deep(), x, weights={"u": kind((None, k[1]))}, **fields).weighted_gradient
+    torch.testing.assert_close(found, k[1][..., None].expand(5, B, 4))
+    for wrong in ((k[0],), (*k, k[0]), k[0]):
+        with pytest.raises(RequestError, match="must have the structure of the results: a tuple of 2") as caught:
+            compute(Deep(), x, weights={"u": wrong}, **fields)
+        assert caught.value.argument == "weights.u"
+
+
+def test_the_tensor_of_the_only_output_will_do():
+    x, k = torch.randn(B, 4), torch.randn(B, 4)
+    fields = {"returns": "weighted_gradient", "outputs": "u.0"}
+    for weights in (k, k.numpy(), {"u": (k, None)}):
+        found = compute(Deep(), x, weights=weights, **fields).weighted_gradient
+        torch.testing.assert_close(found, 2 * k * x)
+
+
+@dataclasses.dataclass
+class Pair:
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+pytree.register_dataclass(Pair)
+
+
+def test_containers_of_the_users_own():
+    class Model(nn.Module):
+        def forward(self, x):
+            return Pair(x**2, x.sum(1))
+
+    x, k = torch.randn(B, 4), Pair(torch.randn(B, 4), torch.randn(B))
+    found = compute(Model(), x, returns="weighted_gradient", weights=k).weighted_gradient
+    torch.testing.assert_close(found, k.first * 2 * x + k.second[:, None])
+    with pytest.raises(RequestError, match="must have the structure of the results: a Pair"):
+        compute(Model(), x, returns="weighted_gradient", weights=(k.first, k.second))
 
 
 def test_one_entry_of_a_tree_is_named_when_its_shape_is_wrong():

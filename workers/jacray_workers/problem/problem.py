@@ -27,6 +27,8 @@ from jacray_workers.problem.trees import Arguments
 from jacray_workers.request import ModulePoint
 
 Side = Literal["input", "param", "module"]
+# The types that have derivatives, the widest first.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class CallableModule(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,29 +82,61 @@ def tangents(problem: Problem, vectors: Any, samples: int) -> Directions:
 
 def _spread(value: Any, tree: Any, count: int, argument: str) -> list[Any]:
     """One entry per output or leaf, following the structure that results have."""
-    if not isinstance(tree, dict | list | tuple):
+    if not isinstance(value, _NESTS) and sum(slot is not None for slot in pytree.tree_leaves(tree)) == 1:
+        # Where there is one output or leaf alone, whatever it lies in, its tensor will do.
         return [value]
     found: list[Any] = [None] * count
-    slots, spec = pytree.tree_flatten(tree)
-    if isinstance(tree, dict) and isinstance(value, Mapping):
-        unknown = [str(key) for key in value if key not in tree]
-        if unknown:
-            raise RequestError(
-                argument, "names what is not there", unknown[0], f"known names: {', '.join(map(str, tree))}"
-            )
-        value = {key: value.get(key, pytree.tree_map(lambda _: None, tree[key])) for key in tree}
-    try:
-        parts = spec.flatten_up_to(value)
-    except (ValueError, TypeError, KeyError) as error:
-        raise RequestError(
-            argument, f"must have the structure of the results ({error})", type(value).__name__
-        ) from None
-    for slot, part in zip(slots, parts, strict=True):
-        if slot is not None:
-            found[slot] = part
+    _fit(value, tree, argument, argument, found)
     if all(part is None for part in found):
         raise RequestError(argument, "must hold at least one tensor", Plain("none"))
     return found
+
+
+_NESTS = (Mapping, list, tuple)
+
+
+def _fit(value: Any, tree: Any, argument: str, place: str, found: list[Any]) -> None:
+    """Put the parts of a nest where the results' structure has its slots; a name left out, or None, is left out.
+
+    Raises:
+        RequestError: the nest has another structure.
+    """
+    if tree is None or isinstance(tree, int):
+        if tree is not None:
+            found[tree] = value
+    elif isinstance(tree, Mapping) and isinstance(value, Mapping):
+        unknown = [str(key) for key in value if key not in tree]
+        if unknown:
+            raise RequestError(
+                place, "names what is not there", unknown[0], f"known names: {', '.join(map(str, tree))}"
+            )
+        for key in value:
+            _fit(value[key], tree[key], argument, f"{place}.{key}", found)
+    elif isinstance(tree, list | tuple) and isinstance(value, list | tuple) and len(tree) == len(value):
+        for i, (part, inner) in enumerate(zip(value, tree, strict=True)):
+            _fit(part, inner, argument, f"{place}.{i}", found)
+    elif value is not None:
+        _fit_other(value, tree, argument, place, found)
+
+
+def _fit_other(value: Any, tree: Any, argument: str, place: str, found: list[Any]) -> None:
+    """The same for containers of the user's own, which torch must know."""
+    if not isinstance(tree, _NESTS):
+        slots, spec = pytree.tree_flatten(tree)
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            parts = spec.flatten_up_to(value)
+            found[:] = [dict(zip(slots, parts, strict=True)).get(i, part) for i, part in enumerate(found)]
+            return
+    rule = f"must have the structure of the results: {_shown(tree)}"
+    got = f"{type(value).__name__} of {len(value)}" if isinstance(value, _NESTS) else type(value).__name__
+    raise RequestError(place, rule, Plain(got), f"K of them stand along a leading axis of every tensor in {argument}")
+
+
+def _shown(tree: Any) -> str:
+    """A structure in a few words."""
+    if isinstance(tree, Mapping):
+        return f"a dict with the names {', '.join(map(str, tree))}"
+    return f"a {type(tree).__name__} of {len(tree)}" if isinstance(tree, list | tuple) else f"a {type(tree).__name__}"
 
 
 def _normalise(
@@ -137,7 +170,8 @@ def _normalise(
         many.add(tensor.shape[0] if extra == 2 else 0)
         parts.append(tensor.reshape((1,) * (2 - extra) + tuple(tensor.shape)))
     if len(many) > 1:
-        raise RequestError(argument, "must hold as many directions for every name", sorted(many))
+        rule = "must hold K directions, the same K, for every name, or one for each"
+        raise RequestError(argument, rule, Plain(f"K = {', '.join(str(k or 'none') for k in sorted(many))}"))
     k = max(many) or 1
     filled = tuple(
         torch.zeros(k, 1, *shape, dtype=dtype, device=device) if part is None else part
