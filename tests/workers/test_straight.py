@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import subprocess
+import sys
 import threading
 
 import jacray
@@ -157,6 +159,15 @@ def test_what_is_not_finite_is_told():
 class Doubled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 9), nn.Linear(9, 4)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
 
 
 class Double(nn.Module):
@@ -329,6 +340,32 @@ def test_threads_share_a_model():
         worker.join()
     assert max(gaps) < 1e-12
     assert len(gaps) == 100 + 10 * len(params)
+
+
+LIGHT = """
+import sys, torch, jacray
+from torch import nn
+model, x = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(5, 3)
+jacray.jacobian(model, x)
+print(sorted({"sympy", "torch._dynamo", "torch.distributed.tensor"}.intersection(sys.modules)))
+"""
+
+
+def test_a_first_call_loads_no_compiler():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("method", ["auto", "forward", "layerwise", "backward_loop"])
+def test_a_backward_hook_that_comes_later_counts_in_any_model(method):
+    model, x = Own().double(), torch.randn(6, 5, dtype=torch.float64)
+    jacray.jacobian(model, x, method=method)
+    model.last.register_full_backward_hook(lambda _, grads, __: (3 * grads[0],))
+    if method == "forward":
+        with pytest.raises(jacray.MethodError, match="disagrees with plain autograd"):
+            jacray.jacobian(model, x, method=method)
+    else:
+        close(jacray.jacobian(model, x, method=method), brute(model, x))
 
 
 # --- what is no plain net --------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jacray_workers import pages, rowcuts
+from jacray_workers.blocks.block import Block
 from jacray_workers.errors import BudgetError, JobError, NonFiniteError
 from jacray_workers.kernels import pick
 from jacray_workers.kernels.common import Targets, blocks_for
@@ -176,6 +177,8 @@ class _Buffers:
             self.added.append((array, value))
         else:
             target = self.view(array, start, stop)
+            # For a class of tensors of our own torch would load its distributed ones first, for a second and more.
+            value = value.dense() if isinstance(value, Block) else value
             if value.device != target.device:
                 self.landing.put(target, value)
             elif target.data_ptr() != value.data_ptr() or target.dtype != value.dtype:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from jacray_workers.chain.cuts import Layout, layouts
 from jacray_workers.chain.tape import Tape
 from jacray_workers.chain.trace import Untraceable
+from jacray_workers.kernels.common import gradients
 from jacray_workers.problem.problem import Problem
 
 # Two computations of one number in the same order of calls, relative to the largest one.
@@ -82,7 +83,8 @@ def _gradients(function: object, values: Sequence[Tensor]) -> list[Tensor]:
     y: Tensor = function(leaves)  # type: ignore[operator]
     random = torch.Generator().manual_seed(3)
     u = torch.randn(y.shape, generator=random, dtype=torch.float64).to(y)
-    grads = torch.autograd.grad(y, leaves, u, allow_unused=True, materialize_grads=True)
+    found = gradients(y, leaves, u)
+    grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
     return [y.detach(), *grads]
 
 

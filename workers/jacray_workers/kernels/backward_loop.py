@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jacray_workers.errors import MethodError
-from jacray_workers.kernels.common import basis, blocks_for, math_attention, per_sample
+from jacray_workers.kernels.common import basis, blocks_for, gradients, math_attention, per_sample
 from jacray_workers.problem.problem import Problem
 from jacray_workers.unwanted import look
 
@@ -163,10 +163,14 @@ def pull(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bo
     if not y.requires_grad:
         return [torch.zeros_like(value) for value in values]
     try:
-        grads = torch.autograd.grad(y, values, cotangent, retain_graph=keep, allow_unused=True, materialize_grads=True)
+        grads: Sequence[Tensor | None]
+        if cotangent is None:
+            grads = torch.autograd.grad(y, values, retain_graph=keep, allow_unused=True)
+        else:
+            grads = gradients(y, values, cotangent, keep=keep)
     except RuntimeError as error:
         raise MethodError("method", f"backward failed: {error}", "backward_loop") from error
-    return list(grads)
+    return [torch.zeros_like(value) if grad is None else grad for value, grad in zip(values, grads, strict=True)]
 
 
 def _pull_whole(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bool) -> list[Tensor]:

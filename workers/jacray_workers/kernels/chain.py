@@ -21,7 +21,7 @@ from jacray_workers.chain.chaining import ChainPlan, Known, Prepared, ready
 from jacray_workers.chain.segments import WORKSPACE, Run, make
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels import reverse
-from jacray_workers.kernels.common import Targets, blocks_for
+from jacray_workers.kernels.common import Targets, blocks_for, gradients
 from jacray_workers.problem.problem import Problem
 from jacray_workers.straight.kernel import Short, fill, short
 
@@ -233,7 +233,8 @@ def _trust(
     y = problem.forward(leaves, batch)[:, wanted.start : wanted.stop]
     random = torch.Generator().manual_seed(problem.seed)
     u = torch.randn(y.shape, generator=random, dtype=torch.float64).to(y)
-    grads = torch.autograd.grad(y, leaves, u, allow_unused=True, materialize_grads=True)
+    found = gradients(y, leaves, u)
+    grads = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
     for block, grad in zip(blocks, grads, strict=True):
         mine, plain = torch.bmm(u[:, None], block)[:, 0], grad.reshape(len(block), -1)
         low, high = torch.aminmax(block)

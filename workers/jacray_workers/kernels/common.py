@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from jacray_workers.problem.problem import Leaf, Problem
 from jacray_workers.unwanted import look
 
 Sample = Callable[..., Tensor]
+_SYMBOLIC = "torch.fx.experimental.symbolic_shapes"
 
 
 def per_sample(leaf: Leaf) -> bool:
@@ -51,6 +54,19 @@ def whole(values: Sequence[Tensor]) -> list[Tensor]:
 def math_attention() -> AbstractContextManager[None]:
     """Attention by the unfused kernel: only that one has rules for vmap, for forward mode and for a second backward."""
     return sdpa_kernel(SDPBackend.MATH)
+
+
+def gradients(y: Tensor, values: Sequence[Any], cotangent: Tensor, *, keep: bool = False) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of `y` from a cotangent; None where nothing arrives.
+
+    The first gradient of a process that is given a cotangent makes torch load sympy, for a second or more. Until
+    somebody else has loaded it, the same numbers come from the sum of the products.
+    """
+    if _SYMBOLIC in sys.modules:
+        return torch.autograd.grad(y, values, cotangent, retain_graph=keep, allow_unused=True)
+    with torch.enable_grad():
+        total = (y * cotangent).sum()
+    return torch.autograd.grad(total, values, retain_graph=keep, allow_unused=True)
 
 
 def basis(rows: range, total: int, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch._functorch.predispatch import lazy_load_decompositions
 from torch._functorch.vmap import vmap_increment_nesting
 from torch.autograd.graph import Node
 
+from jacray_workers.kernels.common import gradients
 from jacray_workers.kernels.sweep import sweep
 from jacray_workers.planning.memory import out_of_memory
 
@@ -136,9 +137,7 @@ def _loop(start: Tensor, points: Sequence[Point], vs: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
     last = vs.shape[0] - 1
     for i, v in enumerate(vs):
-        grads: Sequence[Tensor | None] = torch.autograd.grad(
-            start, [p.at for p in points], v, retain_graph=True, allow_unused=True
-        )
+        grads = gradients(start, [p.at for p in points], v, keep=True)
         filled = [p.zeros() if g is None else g for p, g in zip(points, grads, strict=True)]
         if last == 0:
             return [g.unsqueeze(0) for g in filled]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from typing import Any
 
@@ -24,6 +25,8 @@ FIELD = 6.0
 # Not once one does: the first trial of a process also loads what torch loads on first use, a second or more.
 FIELD_SECONDS = 2.0
 FIELD_JOBS = 2.0
+# The seconds that loading torch's compiler takes, for how many jobs it must not stand, and how near to the prediction.
+LOAD_SECONDS, LOAD_JOBS, LOAD_NEAR = 1.0, 100, 2.0
 
 
 def enter(case: Case) -> list[Tried]:
@@ -37,12 +40,12 @@ def enter(case: Case) -> list[Tried]:
     began = time.perf_counter()
     plain = has_short_way(case)
     predicted = sorted((_predict(case, name) for name in names), key=lambda c: c.seconds)
-    for candidate in sorted(predicted, key=lambda c: plain and c.method != "chain"):
+    for candidate in sorted(predicted, key=lambda c: (plain and c.method != "chain", _must_load(c))):
         standing = sum(tried.line is not None for tried in found)
         # No other method does fewer products than the short way, nor with fewer calls.
         won = plain and standing > 0
         late = won or (standing >= 2 and time.perf_counter() - began > max(FIELD_SECONDS, FIELD_JOBS * best))
-        hopeless = best < math.inf and candidate.seconds > FIELD * best
+        hopeless = best < math.inf and (candidate.seconds > FIELD * best or _not_worth_loading(candidate, fastest))
         tried = Tried(candidate) if candidate.refused or hopeless or late else _try(case, candidate, fastest)
         found.append(tried)
         if tried.line is not None:
@@ -50,6 +53,16 @@ def enter(case: Case) -> list[Tried]:
             best = min(best, tried.candidate.seconds, candidate.seconds)
             fastest = min(fastest, tried.candidate.seconds)
     return rematch(case, found)
+
+
+def _must_load(candidate: Candidate) -> bool:
+    """Whether the method's first use makes torch load its compiler, as `torch.func`'s derivatives do."""
+    return candidate.method in ("reverse", "forward") and "torch._dynamo" not in sys.modules
+
+
+def _not_worth_loading(candidate: Candidate, fastest: float) -> bool:
+    """Whether loading would take longer than many jobs, where the best so far is near what is predicted at the best."""
+    return _must_load(candidate) and fastest * LOAD_JOBS < LOAD_SECONDS and fastest < LOAD_NEAR * candidate.seconds
 
 
 def has_short_way(case: Case) -> bool:

@@ -63,7 +63,7 @@ class Makeup:
 
     def _part(self, m: nn.Module, core: list[Any], around: list[Any]) -> None:
         """One submodule without those below it."""
-        core += (type(m), *m._forward_hooks, *m._forward_pre_hooks)
+        core += (type(m), *m._forward_hooks, *m._forward_pre_hooks, None, *m._backward_hooks, *m._backward_pre_hooks)
         # The tables of scripted modules are no dicts.
         for name, child in m._modules.items():
             core += (name, id(child))

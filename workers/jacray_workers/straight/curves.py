@@ -73,10 +73,10 @@ def _by_autograd(kind: type[nn.Module]) -> Curve:
     def value(part: Any, h: Tensor) -> Tensor:
         return forward(part, h.clone() if getattr(part, "inplace", False) else h)
 
-    def slope(part: Any, h: Tensor, y: Tensor) -> Tensor:
+    def slope(part: Any, h: Tensor, _: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = h.detach().requires_grad_()
-            return torch.autograd.grad(value(part, leaf), leaf, torch.ones_like(y))[0]
+            return torch.autograd.grad(value(part, leaf).sum(), leaf)[0]
 
     return Curve(value, slope)
 
