@@ -69,6 +69,23 @@ def test_a_rerun_skips_what_is_finished(client, tmp_path, cache, target) -> None
     assert done(third) == []
 
 
+def test_the_parts_of_sums_go_once_they_are_added_up(tmp_path, target) -> None:
+    model, x, poison = poisoned(tmp_path, at=37)
+    fields, files = {**FIELDS, "chunk_size": 1}, fsspec.core.url_to_fs(target.url, **target.options)[0]
+    with jacray.Client("inline", shard_size=1) as client:
+        quiet = client.submit(model, x, **fields).result(timeout=60)
+        poison.touch()
+        with pytest.raises(Exception, match="poison"):
+            client.submit(model, x, to=target, **fields).result(timeout=60)
+        left = {path.split("/gram/c/")[1].split("/")[0] for path in files.find(target.url) if "/parts/gram/c/" in path}
+        assert left == {"32", "33", "34", "35", "36", "38", "39"}
+        poison.unlink()
+        job = client.submit(model, x, to=target, **fields)
+        same(job.result(timeout=60), quiet)
+        assert done(job) == [37]
+        assert not [path for path in files.find(target.url) if "/parts/" in path]
+
+
 def test_another_job_is_refused_and_told_what_differs(client, cache, target) -> None:
     client.submit(mlp(), X, to=target, **FIELDS).result(timeout=60)
     with pytest.raises(jacray.JobError, match=r"holds another job \(inputs was"):

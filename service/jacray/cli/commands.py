@@ -24,12 +24,14 @@ def plan_file(file: str, overrides: Sequence[str]) -> str:
     run = read_run(file, overrides)
     from jacray.api import plan
     from jacray.executors.threads import torch_threads
+    from jacray.orders import in_units
     from jacray.work import make
 
     work, cluster = make(run), run.spec.cluster
     # As a worker would have it: threads decide which method is fastest, workers how many shards there are.
     with run.naming(), torch_threads(max(1, int(cluster.cpus_per_worker))):
-        return plan(work.model, work.loaded.inputs, request=work.request, workers=cluster.workers).explain()
+        made = plan(work.model, work.loaded.inputs, request=work.request, workers=cluster.workers)
+        return in_units(made, work.request, cluster.shard_size).explain()
 
 
 def run_file(file: str, overrides: Sequence[str], style: Style = "auto") -> None:
