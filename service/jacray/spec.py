@@ -79,6 +79,15 @@ class Output(Spec):
         default=None, description="how blocks are compressed; Jacobians hardly are, and it costs time"
     )
 
+    @field_validator("path")
+    @classmethod
+    def _is_a_folder(cls, path: str | None) -> str | None:
+        """A path with a scheme would be made as a folder of that name."""
+        if path is not None and is_url(path):
+            way_out = "results go to a URL by client.submit(..., to=URL)"
+            raise SpecError("", "must be a folder of this machine, for its page and its spec", path, way_out)
+        return path
+
 
 class RunSpec(Spec):
     """A whole run."""

@@ -281,3 +281,10 @@ def test_differences_name_the_keys_and_count_the_rest():
         "and 1 more",
     ]
     assert differences({"output": {"path": "a"}}, {"output": {"path": "b"}, "cluster": {"workers": 3}}) == []
+
+
+def test_a_url_is_no_run_folder(capsys):
+    Path("job.yaml").write_text(emit.dump(DATA))
+    assert main(["run", "job.yaml", "output.path=s3://bucket/run"]) == 1
+    assert "output.path: must be a folder of this machine" in capsys.readouterr().err
+    assert not Path("s3:").exists()
