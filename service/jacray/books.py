@@ -164,10 +164,11 @@ def _intact(target: Target) -> Callable[[ShardResult], bool]:
 
         if not opened:
             found = store.open_store(target)
-            opened.extend((found, store.added_up(found)))
-        found, added = opened
-        still = store.verify if recheck else store.standing
+            opened.extend((found, store.added_up(found), None if recheck else target.sizes()))
+        found, added, sizes = opened
         left = [w for w in result.written if not (found.arrays[w.key].axis < 0 and w.start < added)]
-        return bool(result.written) and all(still(found, written) for written in left)
+        if sizes is None:
+            return bool(result.written) and all(store.verify(found, written) for written in left)
+        return bool(result.written) and all(store.standing(found, written, sizes) for written in left)
 
     return intact

@@ -210,25 +210,14 @@ def is_there(store: Store, array: ArrayPlan, place: tuple[Any, ...], shard: Shar
     return next(unwritten(store.node(array.key), place), None) is None
 
 
-def is_whole(node: Any, place: tuple[Any, ...], target: Target) -> bool:
-    """Whether every chunk that a place touches is there, and of the size that it must have."""
-    keys = [node.metadata.encode_chunk_key(at) for at in touched(node, place)]
+def is_whole(node: Any, place: tuple[Any, ...], target: Target, sizes: Mapping[str, int]) -> bool:
+    """Whether every chunk that a place touches is among the files listed, and of the size that it must have."""
+    names = (f"{node.path}/{node.metadata.encode_chunk_key(at)}" for at in touched(node, place))
+    if target.compression:
+        return all(name in sizes for name in names)
     # Chunks at the edges are as large as the others; the checksum takes four bytes.
-    size = None if target.compression else math.prod(node.chunks) * node.dtype.itemsize + 4
-    return all(found is not None and size in (None, found) for found in sync(_sizes(node.store_path, keys)))
-
-
-async def _sizes(where: Any, names: Iterable[str]) -> list[int | None]:
-    gate = asyncio.Semaphore(64)
-
-    async def one(name: str) -> int | None:
-        async with gate:
-            try:
-                return int(await where.store.getsize((where / name).path))
-            except FileNotFoundError:
-                return None
-
-    return await asyncio.gather(*(one(name) for name in names))
+    size = math.prod(node.chunks) * node.dtype.itemsize + 4
+    return all(sizes.get(name) == size for name in names)
 
 
 def unwritten(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[int, ...]]:

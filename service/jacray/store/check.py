@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from jacray_workers.errors import JobError, StorageError
 from jacray_workers.plan import ArrayPlan, Shard
@@ -11,7 +11,7 @@ from jacray_workers.rowcuts import place
 from jacray_workers.shard import Written
 
 from jacray.store import blocks
-from jacray.store.group import Store
+from jacray.store.group import Store, node_name
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,24 @@ def verify(store: Store, written: Written) -> bool:
     return written.key in store.arrays and look(store, written) is None
 
 
-def standing(store: Store, written: Written) -> bool:
-    """Whether a part that was written is there, and where it is not compressed as large as it must be, unread."""
+def standing(store: Store, written: Written, sizes: Mapping[str, int]) -> bool:
+    """Whether a part that was written is there, and where it is not compressed as large as it must be, unread.
+
+    Args:
+        store: the job's.
+        written: what a worker has written.
+        sizes: of every file of the store, as `Target.sizes` lists them.
+    """
     array = store.arrays.get(written.key)
     if array is None:
         return False
-    shard = Shard(0, written.start, written.stop, written.rows)
     if array.factored:
         index = written.start // store.plan.shard_size
-        return blocks.is_there(store, array, (), replace(shard, index=index))
+        return f"{node_name(array.key)}/{index}/zarr.json" in sizes
     if array.axis < 0:
-        return blocks.is_whole(store.parts(written.key), (slice(written.start, written.stop),), store.target)
-    where = place(store.plan, array, shard)
-    return where is None or blocks.is_whole(store.node(written.key), where, store.target)
+        return blocks.is_whole(store.parts(written.key), (slice(written.start, written.stop),), store.target, sizes)
+    where = place(store.plan, array, Shard(0, written.start, written.stop, written.rows))
+    return where is None or blocks.is_whole(store.node(written.key), where, store.target, sizes)
 
 
 def look(store: Store, written: Written) -> Damage | None:
