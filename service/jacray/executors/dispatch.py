@@ -123,8 +123,6 @@ class Dispatch:
         try:
             self._fill()
             self._overdue(time.monotonic())
-            if self._leader is not None and self._leader.steps:
-                return  # whoever leads has something to read: that it begins, or a loss
             tickets = list(self.flights)
             self._lock.release()
             try:
