@@ -36,15 +36,15 @@ def eye(flip: bool = False) -> Term:
 
 
 def lookup(*features: int) -> Term:
-    return Lookup((O, *features), None, torch.randint(0, O, (B, S)), r(B, R, S, int(np.prod(features))))
+    return Lookup((O, *features), None, index=torch.randint(0, O, (B, S)), g=r(B, R, S, int(np.prod(features))))
 
 
 def conv(groups: int, transposed: bool = False) -> Term:
     window = Window((3, 2), (2, 1), (1, 1), (1, 1), (1, 1), groups, transposed)
     small, large = r(B, 2, 4, 4, 9), r(B, R, 2, 6, 7, 8)
     if transposed:
-        return Conv((4, 6 // groups, 3, 2), None, small, large, window)
-    return Conv((6, 4 // groups, 3, 2), None, r(B, 2, 4, 7, 8), r(B, R, 2, 6, 4, 9), window)
+        return Conv((4, 6 // groups, 3, 2), None, x=small, g=large, window=window)
+    return Conv((6, 4 // groups, 3, 2), None, x=r(B, 2, 4, 7, 8), g=r(B, R, 2, 6, 4, 9), window=window)
 
 
 KINDS: dict[str, tuple[Callable[[], list[Term]], tuple[int, ...]]] = {

@@ -14,7 +14,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -175,18 +175,12 @@ class Outer(Term):
 
 
 @dataclass(frozen=True, eq=False)
-class Conv(Term):
-    """A convolution: an outer product of unfolded inputs (of unfolded cotangents, where transposed) at each position.
+class Paired(Term):
+    """What a call took of each sample, beside the cotangents `g`, `(B, R, ...)`, of what came out."""
 
-    Attributes:
-        x: the input, `(B, N, C, *space)`; N images per sample.
-        g: cotangents, `(B, R, N, O, *space)`.
-        window: how the kernel moves.
-    """
-
-    x: Tensor
+    # The name of the field that holds what was taken, `(B, ...)`.
+    taken: ClassVar[str]
     g: Tensor
-    window: Window
 
     @property
     @override
@@ -195,7 +189,30 @@ class Conv(Term):
 
     @override
     def tensors(self) -> dict[str, Tensor]:
-        return {"x": self.x, "g": self.g}
+        return {self.taken: getattr(self, self.taken), "g": self.g}
+
+    @override
+    def pick(self, samples: Index, rows: Index) -> Self:
+        return self.with_parts({self.taken: getattr(self, self.taken)[samples], "g": self.g[samples][:, rows]})
+
+    @override
+    def mix(self, k: Tensor) -> Term:
+        return dataclasses.replace(self, g=mix_rows(k, self.g))
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(Paired):
+    """A convolution: an outer product of unfolded inputs (of unfolded cotangents, where transposed) at each position.
+
+    Attributes:
+        x: the input, `(B, N, C, *space)`; N images per sample.
+        g: cotangents, `(B, R, N, O, *space)`.
+        window: how the kernel moves.
+    """
+
+    taken = "x"
+    x: Tensor
+    window: Window
 
     def acts(self) -> Tensor:
         """`(B, G, S, I)`."""
@@ -219,14 +236,6 @@ class Conv(Term):
         return t.reshape(*lead, groups, self.own[0] // groups, -1)
 
     @override
-    def pick(self, samples: Index, rows: Index) -> Self:
-        return dataclasses.replace(self, x=self.x[samples], g=self.g[samples][:, rows])
-
-    @override
-    def mix(self, k: Tensor) -> Term:
-        return dataclasses.replace(self, g=mix_rows(k, self.g))
-
-    @override
     def write(self, out: Tensor, add: bool) -> None:
         groups = self.window.groups
         target = out.flatten(3).unflatten(2, (groups, -1)) if mergeable(out, 3) else None
@@ -248,7 +257,7 @@ class Conv(Term):
 
 
 @dataclass(frozen=True, eq=False)
-class Lookup(Term):
+class Lookup(Paired):
     """Rows of a table chosen by number: `own` is `(V, *features)`.
 
     Attributes:
@@ -256,25 +265,8 @@ class Lookup(Term):
         g: cotangents of what came out, `(B, R, S, D)` with the features flattened.
     """
 
+    taken = "index"
     index: Tensor
-    g: Tensor
-
-    @property
-    @override
-    def size(self) -> tuple[int, int]:
-        return self.g.shape[0], self.g.shape[1]
-
-    @override
-    def tensors(self) -> dict[str, Tensor]:
-        return {"index": self.index, "g": self.g}
-
-    @override
-    def pick(self, samples: Index, rows: Index) -> Self:
-        return dataclasses.replace(self, index=self.index[samples], g=self.g[samples][:, rows])
-
-    @override
-    def mix(self, k: Tensor) -> Term:
-        return dataclasses.replace(self, g=mix_rows(k, self.g))
 
     @override
     def write(self, out: Tensor, add: bool) -> None:

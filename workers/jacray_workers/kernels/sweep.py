@@ -17,7 +17,9 @@ from torch._functorch.vmap import vmap_increment_nesting
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
-from jacray_workers.kernels.sweep_rules import PARTS, RULES, sum_to
+from jacray_workers.kernels.arrivals import Arrived, Place, shaped
+from jacray_workers.kernels.sweep_rules import OVERWRITING, RULES
+from jacray_workers.kernels.sweep_views import PARTS, WINDOWS, sum_to
 from jacray_workers.unwanted import look
 
 # The two steps that torch.func.vmap is made of; not among torch's public names, the same since 2.0.
@@ -26,8 +28,6 @@ functorch: Any = torch._C._functorch
 # Numbers in one cotangent from which a call of its own costs less than what `vmap` adds.
 LARGE = 1 << 13
 FEW = 3
-
-Place = tuple[Node, int]
 
 
 def sweep(start: Tensor, places: Sequence[Any], vs: Tensor) -> list[Tensor | None] | None:
@@ -50,10 +50,12 @@ def sweep(start: Tensor, places: Sequence[Any], vs: Tensor) -> list[Tensor | Non
     if any(isinstance(node, BackwardCFunction) for node in order):
         return None
     with torch.no_grad():
-        return _walk(order, (root.node, root.output_nr), wanted, _samples_first(vs))
+        # Stacks of matrices, one per sample and head, want one cotangent after another.
+        stacks = any(node.name() == "BmmBackward0" for node in order)
+        return _walk(order, (root.node, root.output_nr), wanted, vs if stacks else _by_sample(vs))
 
 
-def _samples_first(vs: Tensor) -> Tensor:
+def _by_sample(vs: Tensor) -> Tensor:
     """The cotangents laid out in memory sample by sample, so that what is made of them lies as results do."""
     return vs.transpose(0, 1).contiguous().transpose(0, 1) if vs.dim() > 1 and 0 in vs.stride()[:2] else vs
 
@@ -79,53 +81,39 @@ def _order(root: Node, targets: set[Node]) -> list[Node]:
 def _walk(order: list[Node], root: Place, wanted: Sequence[Place], vs: Tensor) -> list[Tensor | None]:
     kept = set(wanted)
     on_way = set(order)
-    arrived: dict[Place, Tensor] = {root: vs}
+    arrived = Arrived()
+    arrived.add_all([root], [vs])
     found: dict[Place, Tensor] = {}
     for node in order:
         look()
-        outputs = len(node._input_metadata)
-        gs = [arrived.pop((node, nr), None) for nr in range(outputs)]
-        found.update(
-            {(node, nr): _shaped(node, nr, g) for nr, g in enumerate(gs) if g is not None and (node, nr) in kept}
-        )
+        gs = [arrived.take((node, nr)) for nr in range(len(node._input_metadata))]
+        for nr, g in enumerate(gs):
+            if g is not None and (node, nr) in kept:
+                found[node, nr] = arrived.given(shaped(node, nr, g))
         needs = tuple(following in on_way for following, _ in node.next_functions)
         if not any(needs) or all(g is None for g in gs):
             continue
-        for (following, nr), g in zip(node.next_functions, _through(node, gs, needs), strict=True):
-            if g is not None and following is not None and following in on_way:
-                g = _typed(following, nr, g)  # noqa: PLW2901  # what the engine hands on
-                before = arrived.get((following, nr))
-                arrived[following, nr] = (
-                    g if before is None else _shaped(following, nr, before) + _shaped(following, nr, g)
-                )
+        if node.name() in WINDOWS and gs[0] is not None:
+            arrived.add_part(node.next_functions[0], WINDOWS[node.name()](node), shaped(node, 0, gs[0]))
+            continue
+        made = _through(node, gs, needs, arrived)
+        arrived.add_all(node.next_functions, [g if need else None for g, need in zip(made, needs, strict=True)])
     return [found.get(place) for place in wanted]
 
 
-def _shaped(node: Node, nr: int, g: Tensor) -> Tensor:
-    """Cotangents in the shape that a node's output has; a rule may have left several axes where it has one."""
-    shape = node._input_metadata[nr].shape
-    return g if g.shape[1:] == shape else g.reshape(g.shape[0], *shape)
-
-
-def _typed(node: Node, nr: int, g: Tensor) -> Tensor:
-    """Cotangents in the precision of a node's output; of complex ones at a real output the real part."""
-    dtype = node._input_metadata[nr].dtype
-    if g.dtype == dtype:
-        return g
-    return (g.real if g.is_complex() and not dtype.is_complex else g).to(dtype)
-
-
-def _through(node: Node, gs: list[Tensor | None], needs: tuple[bool, ...]) -> Sequence[Tensor | None]:
+def _through(node: Node, gs: list[Tensor | None], needs: tuple[bool, ...], arrived: Arrived) -> Sequence[Tensor | None]:
     """What arrives at each of a node's inputs."""
-    rule, g = RULES.get(node.name()), gs[0]
-    real = g is not None and len(gs) == 1 and not g.is_complex()
-    made = rule(node, g, needs) if rule is not None and g is not None and real else None
-    if made is not None:
-        return made
-    shaped = [None if g is None else _shaped(node, nr, g) for nr, g in enumerate(gs)]
-    if node.name() in PARTS and all(g is not None for g in shaped):
-        return [PARTS[node.name()](node, [g for g in shaped if g is not None])]
-    return _called(node, shaped)
+    name, g = node.name(), gs[0]
+    if name in RULES and g is not None and not g.is_complex() and all(other is None for other in gs[1:]):
+        over = {"over": True} if name in OVERWRITING and arrived.spare(g) else {}
+        made = RULES[name](node, g, needs, **over)
+        if made is not None:
+            arrived.note(made, g)
+            return made
+    whole = [None if g is None else shaped(node, nr, g) for nr, g in enumerate(gs)]
+    if name in PARTS and all(g is not None for g in whole):
+        return [PARTS[name](node, [g for g in whole if g is not None])]
+    return _called(node, whole)
 
 
 def _called(node: Node, gs: list[Tensor | None]) -> Sequence[Tensor | None]:

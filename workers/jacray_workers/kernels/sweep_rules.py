@@ -1,45 +1,46 @@
 """What the nodes of autograd's graph do to many cotangents at once.
 
 A rule takes the node, the cotangents `(n, *output)` and which inputs need theirs, and returns one `(n, *input)` or None
-per input; None in place of the list where this use of the operator is not of the form that it knows. Every rule is
-the operator's own backward from torch's `derivatives.yaml`; what a forward pass saved is read off the node, which
-refuses where it was overwritten since.
+per input; None in place of the list where this use of the operator is not of the form that it knows. What it returns
+lies in memory made for it, or in that of the cotangents; called with `over` it writes over these. Every rule is the
+operator's own backward from torch's `derivatives.yaml`; what a forward pass saved is read off the node, which refuses
+where it was overwritten since.
 
 Cotangents keep the order in which they lie in memory: where that is sample by sample, so does what is made of them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
-Found = Sequence[Tensor | None] | None
-Rule = Callable[[Any, Tensor, tuple[bool, ...]], Found]
+from jacray_workers.kernels.arrivals import samples_first
+from jacray_workers.kernels.sweep_views import (
+    VIEWS,
+    Found,
+    axis_of,
+    expand,
+    mean,
+    permute,
+    shape_of,
+    summed,
+    transpose,
+    turned,
+    view,
+)
+
+Rule = Callable[..., Found]
 
 _aten = torch.ops.aten
-
-VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0")
 
 # Input channels up to which a convolution is too narrow for the library's own kernels.
 FEW_CHANNELS = 4
 # Columns below which a matrix product is several times slower than with its matrix laid out the other way.
 NARROW = 16
-
-
-def _shape(node: Any, at: int) -> tuple[int, ...]:
-    """The shape of what a node's input stands for."""
-    following, nr = node.next_functions[at]
-    return tuple(following._input_metadata[nr].shape)
-
-
-def samples_first(g: Tensor) -> bool:
-    """Whether the cotangents of one sample lie together in memory."""
-    return g.dim() > 1 and g.stride(0) < g.stride(1)
 
 
 def _in_rows(g: Tensor, keep: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -71,7 +72,7 @@ def addmm(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
     made = _times(g, node._saved_mat2.mT)
     made = made if node._saved_alpha == 1 else made * node._saved_alpha
     following = node.next_functions[1][0]
-    if made.dim() > 3 and not (following.name() in VIEWS and _shape(following, 0) == tuple(made.shape[1:])):
+    if made.dim() > 3 and not (following.name() in VIEWS and shape_of(following, 0) == tuple(made.shape[1:])):
         made = made.flatten(1, -2)
     return None, made, None
 
@@ -105,35 +106,79 @@ def _stacked(g: Tensor, by: Tensor, *, left: bool) -> Tensor:
     return out
 
 
-def relu(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
+def relu(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = False) -> Found:
     """0 where it is off, whatever arrives there."""
     del needs
     result = node._saved_result
     if g.dim() == 5 and g.stride(2) == 1:
         # As the cotangents lie, so that both are read in order.
         result = result.contiguous(memory_format=torch.channels_last)
+    if over:
+        return (_aten.threshold_backward.grad_input(g, result, 0, grad_input=g),)
     return (_aten.threshold_backward(g, result, 0),)
 
 
-def elementwise(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
+def elementwise(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = False) -> Found:
     """A function of one number: its slope, computed once, times each cotangent."""
     del needs
     slope = node(torch.ones(g.shape[1:], dtype=g.dtype, device=g.device))
-    return (g * slope,)
+    return (g.mul_(slope) if over and slope.dtype == g.dtype else g * slope,)
 
 
-def scaled(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
+def scaled(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = False) -> Found:
     """`self * other` with another tensor, or a number, that needs nothing itself."""
     if needs[0] and not any(needs[1:]):
         other = node._saved_other
-        if _shape(node, 0) == tuple(g.shape[1:]) and not (isinstance(other, Tensor) and other.is_complex()):
-            return (g * other, *(None for _ in needs[1:]))
+        if shape_of(node, 0) == tuple(g.shape[1:]) and not (isinstance(other, Tensor) and other.is_complex()):
+            over = (
+                over and not (isinstance(other, Tensor) and other.dtype != g.dtype) and not isinstance(other, complex)
+            )
+            return (g.mul_(other) if over else g * other, *(None for _ in needs[1:]))
     return None
+
+
+def _alongside(g: Tensor, t: Tensor) -> Tensor:
+    """What a node saved of every sample, once per cotangent and in their order in memory: `(everything, *behind)`."""
+    whole = t.unsqueeze(1).expand(-1, g.shape[0], *t.shape[1:]) if samples_first(g) else t.expand(g.shape[0], *t.shape)
+    return whole.flatten(0, 1)
+
+
+def layer_norm(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
+    """The norm's own kernel for all cotangents at once: its input once more per cotangent costs less than the calls."""
+    x, shape = node._saved_input, node._saved_normalized_shape
+    if needs != (True, False, False) or x.dim() <= len(shape):
+        return None
+    rows, back = _in_rows(g, g.dim() - 2)
+    x, mean, scale = (_alongside(g, t) for t in (x, node._saved_result1, node._saved_result2))
+    made = _aten.native_layer_norm_backward(
+        rows, x, shape, mean, scale, node._saved_weight, node._saved_bias, (True, False, False)
+    )
+    return back(made[0]), None, None
+
+
+def softmax(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
+    """A softmax over another axis than the first."""
+    return _normalised(node, g, needs, _aten._softmax_backward_data)
+
+
+def log_softmax(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
+    """Its logarithm."""
+    return _normalised(node, g, needs, _aten._log_softmax_backward_data)
+
+
+def _normalised(node: Any, g: Tensor, needs: tuple[bool, ...], kernel: Any) -> Found:
+    y = node._saved_result
+    axis = axis_of(node._saved_dim, max(y.dim(), 1))
+    following, nr = node.next_functions[0]
+    if needs != (True,) or axis == 0 or following._input_metadata[nr].dtype != y.dtype:
+        return None
+    rows, back = _in_rows(g, g.dim() - 2)
+    return (back(kernel(rows, _alongside(g, y), axis, y.dtype)),)
 
 
 def add(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
     """Both addends get all of it."""
-    if any(need and _shape(node, at) != tuple(g.shape[1:]) for at, need in enumerate(needs)):
+    if any(need and shape_of(node, at) != tuple(g.shape[1:]) for at, need in enumerate(needs)):
         return None
     alpha = getattr(node, "_saved_alpha", 1)
     found = [g if need else None for need in needs]
@@ -146,80 +191,6 @@ def same(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
     """A copy."""
     del node, needs
     return (g,)
-
-
-def view(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
-    """Another shape for the same numbers; samples stay together where the first axis stays."""
-    del needs
-    shape = _shape(node, 0)
-    if tuple(g.shape[1:]) == shape:
-        return (g,)
-    following = node.next_functions[0][0]
-    if following.name() == "AddmmBackward0" and shape == (math.prod(g.shape[1:-1]), g.shape[-1]):
-        # A linear layer over several axes: its rule takes them as they are, and one that repeats stays a view.
-        return (g,)
-    if g.dim() > 1 and shape and shape[0] == g.shape[1] and samples_first(g):
-        return (g.transpose(0, 1).reshape(shape[0], g.shape[0], *shape[1:]).transpose(0, 1),)
-    return (g.reshape(g.shape[0], *shape),)
-
-
-def _dim(number: int, axes: int) -> int:
-    """A saved axis; negative ones are kept as unsigned numbers."""
-    return (number - (1 << 64) if number >= 1 << 63 else number) % axes
-
-
-def transpose(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
-    """Two axes change places."""
-    del needs
-    axes = g.dim() - 1
-    return (g.transpose(_dim(node._saved_dim0, axes) + 1, _dim(node._saved_dim1, axes) + 1),)
-
-
-def turned(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
-    """`t()`."""
-    del node, needs
-    return (g.transpose(1, 2) if g.dim() == 3 else g,)
-
-
-def permute(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
-    """The axes in another order."""
-    del needs
-    dims = [_dim(d, g.dim() - 1) for d in node._saved_dims]
-    return (g.permute(0, *(dims.index(axis) + 1 for axis in range(len(dims)))),)
-
-
-def expand(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
-    """The sum over the axes along which it was spread."""
-    del needs
-    return (sum_to(g, _shape(node, 0)),)
-
-
-def sum_to(g: Tensor, shape: Sequence[int]) -> Tensor:
-    """`(n, *spread)` summed to `(n, *shape)`, which broadcasting had spread."""
-    extra = g.dim() - 1 - len(shape)
-    spread = [*range(1, 1 + extra), *(i for i, n in enumerate(shape, 1 + extra) if n == 1 and g.shape[i] != 1)]
-    return g.sum(dim=spread, keepdim=True).reshape(g.shape[0], *shape) if spread else g
-
-
-def summed(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
-    """A sum over axes: every addend gets all of it, without a copy."""
-    del needs
-    return (_spread(node, g),)
-
-
-def mean(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
-    """A mean over axes."""
-    del needs
-    count = math.prod(_shape(node, 0)) // max(math.prod(g.shape[1:]), 1)
-    return (_spread(node, g / count),)
-
-
-def _spread(node: Any, g: Tensor) -> Tensor:
-    shape = _shape(node, 0)
-    if not node._saved_keepdim:
-        for axis in sorted(_dim(d, len(shape)) for d in node._saved_dim or range(len(shape))):
-            g = g.unsqueeze(axis + 1)
-    return g.expand(g.shape[0], *shape)
 
 
 def convolution(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
@@ -251,23 +222,6 @@ def _folded(rows: Tensor, weight: Tensor, space: tuple[int, ...], stride: Any, p
     columns = torch.matmul(weight.flatten(1).mT, rows.flatten(2))
     return F.fold(columns, space, tuple(weight.shape[2:]), dilation, padding, stride)
 
-
-def joined(node: Any, gs: list[Tensor]) -> Tensor:
-    """Parts of one tensor along an axis."""
-    return torch.cat(gs, dim=_dim(node._saved_dim, gs[0].dim() - 1) + 1)
-
-
-def stacked(node: Any, gs: list[Tensor]) -> Tensor:
-    """The entries of one tensor along an axis."""
-    return torch.stack(gs, dim=_dim(node._saved_dim, gs[0].dim()) + 1)
-
-
-# Operators with several results, where every one of them gets something.
-PARTS: dict[str, Callable[[Any, list[Tensor]], Tensor]] = {
-    "SplitBackward0": joined,
-    "SplitWithSizesBackward0": joined,
-    "UnbindBackward0": stacked,
-}
 
 _SMOOTH = (
     "Tanh", "Sigmoid", "Gelu", "Silu", "Mish", "Elu", "Softplus", "Exp", "Log", "Log1p", "Expm1", "Sin", "Cos", "Tan",
@@ -301,4 +255,13 @@ RULES: dict[str, Rule] = {
     "SumBackward1": summed,
     "MeanBackward1": mean,
     "ConvolutionBackward0": convolution,
+    "NativeLayerNormBackward0": layer_norm,
+    "SoftmaxBackward0": softmax,
+    "SafeSoftmaxBackward0": softmax,
+    "LogSoftmaxBackward0": log_softmax,
 }
+
+# Rules that may write over the cotangents that they are given.
+OVERWRITING = frozenset(
+    (*(f"{name}Backward0" for name in _SMOOTH), "PowBackward0", "ReluBackward0", "MulBackward0", "MulBackward1")
+)

@@ -45,7 +45,7 @@ def _terms(use: Use, *, transposed: bool) -> Terms:
     if (path := use.source("weight")) is not None:
         x = _images(use, axes)
         window = _window(use, tuple(weight.shape[2:]), transposed=transposed)
-        found[path] = Conv(use.own(path), None, x, use.cots, window)
+        found[path] = Conv(use.own(path), None, x=x, g=use.cots, window=window)
     if (path := use.source("bias")) is not None:
         found[path] = use.dense(path, use.cots.flatten(4).sum(dim=(2, 4)))
     return found

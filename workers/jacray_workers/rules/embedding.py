@@ -64,4 +64,4 @@ def _lookup(use: Use, padding: int | None = None, inner: Path | None = None) -> 
     g = use.cots.reshape(*use.cots.shape[:2], index.shape[1], -1)
     if padding is not None:
         g = g.masked_fill((index == padding)[:, None, :, None], 0)
-    return {table: Lookup(own, None, index, g)}
+    return {table: Lookup(own, None, index=index, g=g)}
