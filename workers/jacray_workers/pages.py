@@ -36,6 +36,21 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
     return _POOL.take(size, dtype).view(shape)
 
 
+def like(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory of another tensor's type on its device, for something in between that is large."""
+    return empty(shape, t.dtype, t.device)
+
+
+def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """`t.reshape(shape)`, a copy only where there is no view."""
+    if t.nbytes < LEAST or t.is_contiguous():
+        return t.reshape(shape)
+    try:
+        return t.view(shape)
+    except RuntimeError:
+        return like(t, t.shape).copy_(t).view(shape)
+
+
 class _Pool:
     """Mappings without a user, the one used last at the end."""
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+
+from jacray_workers import pages
 
 Place = tuple[Node, int]
 
@@ -70,7 +73,7 @@ class Arrived:
                 return g.add_(before)
             if self.spare(before, kept):
                 return before.add_(g)
-        both = before + g
+        both = torch.add(before, g, out=pages.like(g, g.shape)) if before.dtype == g.dtype else before + g
         self._fresh.add(_memory(both))
         return both
 
@@ -92,7 +95,7 @@ class Arrived:
 def shaped(node: Node, nr: int, g: Tensor) -> Tensor:
     """Cotangents in the shape that a node's output has; a rule may have left several axes where it has one."""
     shape = node._input_metadata[nr].shape
-    return g if g.shape[1:] == shape else g.reshape(g.shape[0], *shape)
+    return g if g.shape[1:] == shape else pages.reshaped(g, (g.shape[0], *shape))
 
 
 def typed(node: Node, nr: int, g: Tensor) -> Tensor:

@@ -17,16 +17,16 @@ from torch._functorch.vmap import vmap_increment_nesting
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node, get_gradient_edge
 
+from jacray_workers import pages
 from jacray_workers.kernels.arrivals import Arrived, Place, shaped
-from jacray_workers.kernels.sweep_rules import OVERWRITING, RULES
+from jacray_workers.kernels.sweep_rules import LARGE, OVERWRITING, RULES
 from jacray_workers.kernels.sweep_views import PARTS, WINDOWS, sum_to
 from jacray_workers.unwanted import look
 
 # The two steps that torch.func.vmap is made of; not among torch's public names, the same since 2.0.
 functorch: Any = torch._C._functorch
 
-# Numbers in one cotangent from which a call of its own costs less than what `vmap` adds.
-LARGE = 1 << 13
+# So few cotangents go one after another.
 FEW = 3
 
 
@@ -113,22 +113,24 @@ def _through(node: Node, gs: list[Tensor | None], needs: tuple[bool, ...], arriv
     whole = [None if g is None else shaped(node, nr, g) for nr, g in enumerate(gs)]
     if name in PARTS and all(g is not None for g in whole):
         return [PARTS[name](node, [g for g in whole if g is not None])]
-    return _called(node, whole)
+    return _called(node, whole, arrived)
 
 
-def _called(node: Node, gs: list[Tensor | None]) -> Sequence[Tensor | None]:
+def _called(node: Node, gs: list[Tensor | None], arrived: Arrived) -> Sequence[Tensor | None]:
     """The node's own backward, and what the engine does behind it: sums over axes that broadcasting spread."""
-    made = _by_itself(node, gs)
+    made = _by_itself(node, gs, arrived)
     shapes = [None if n is None else n._input_metadata[nr].shape for n, nr in node.next_functions]
     return [None if g is None or shape is None else sum_to(g, shape) for g, shape in zip(made, shapes, strict=True)]
 
 
-def _by_itself(node: Node, gs: list[Tensor | None]) -> Sequence[Tensor | None]:
+def _by_itself(node: Node, gs: list[Tensor | None], arrived: Arrived) -> Sequence[Tensor | None]:
     """Under `vmap`, or one cotangent after another where a call is no small thing."""
     given = [g for g in gs if g is not None]
     count = given[0].shape[0]
     if count <= FEW or given[0][0].numel() >= LARGE:
-        return _one_by_one(node, gs, count)
+        made = _one_by_one(node, gs, count)
+        arrived.note(made, given[0])
+        return made
     lazy_load_decompositions()
     with vmap_increment_nesting(count, "error") as level:
         batched = [None if g is None else functorch._add_batch_dim(g, 0, level) for g in gs]
@@ -144,7 +146,7 @@ def _one_by_one(node: Node, gs: list[Tensor | None], count: int) -> list[Tensor 
         look()
         made = _listed(node(*[None if g is None else g[i] for g in gs]))  # type: ignore[operator]
         if not found:
-            found = [None if part is None else part.new_empty(count, *part.shape) for part in made]
+            found = [None if part is None else pages.like(part, (count, *part.shape)) for part in made]
         for whole, part in zip(found, made, strict=True):
             if whole is not None and part is not None:
                 whole[i] = part

@@ -11,6 +11,7 @@ Cotangents keep the order in which they lie in memory: where that is sample by s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
+from jacray_workers import pages
 from jacray_workers.kernels.arrivals import samples_first
 from jacray_workers.kernels.sweep_views import (
     VIEWS,
@@ -37,6 +39,8 @@ Rule = Callable[..., Found]
 
 _aten = torch.ops.aten
 
+# Numbers in one cotangent from which a call of its own costs less than what is done to avoid it.
+LARGE = 1 << 13
 # Input channels up to which a convolution is too narrow for the library's own kernels.
 FEW_CHANNELS = 4
 # Columns below which a matrix product is several times slower than with its matrix laid out the other way.
@@ -45,12 +49,14 @@ NARROW = 16
 
 def _in_rows(g: Tensor, keep: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The cotangents as `(everything, *last axes)` in their order in memory, and the way back."""
-    if g.dim() >= keep + 2 and samples_first(g):
-        turned = g.transpose(0, 1)
-        lead = turned.shape[: g.dim() - keep]
-        return turned.flatten(0, len(lead) - 1), lambda t: t.unflatten(0, lead).transpose(0, 1)
-    lead = g.shape[: g.dim() - keep]
-    return g.flatten(0, len(lead) - 1), lambda t: t.unflatten(0, lead)
+    by_sample = g.dim() >= keep + 2 and samples_first(g)
+    g = g.transpose(0, 1) if by_sample else g
+    lead, last = g.shape[: g.dim() - keep], g.shape[g.dim() - keep :]
+
+    def back(t: Tensor) -> Tensor:
+        return t.unflatten(0, lead).transpose(0, 1) if by_sample else t.unflatten(0, lead)
+
+    return pages.reshaped(g, (math.prod(lead), *last)), back
 
 
 def _times(g: Tensor, matrix: Tensor) -> Tensor:
@@ -62,7 +68,7 @@ def _times(g: Tensor, matrix: Tensor) -> Tensor:
     rows, back = _in_rows(g, 1)
     if matrix.shape[1] < NARROW and matrix.stride(1) == 1:
         matrix = matrix.mT.contiguous().mT
-    return back(torch.mm(rows, matrix))
+    return back(torch.mm(rows, matrix, out=pages.like(rows, (rows.shape[0], matrix.shape[1]))))
 
 
 def addmm(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
@@ -97,7 +103,7 @@ def bmm(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
 def _stacked(g: Tensor, by: Tensor, *, left: bool) -> Tensor:
     """Each cotangent times the same stack of matrices: `(n, N, a, c)` and `(N, ...)`."""
     size = (g.shape[1], by.shape[1], g.shape[3]) if left else (g.shape[1], g.shape[2], by.shape[2])
-    out = g.new_empty(g.shape[0], *size)
+    out = pages.like(g, (g.shape[0], *size))
     for part, made in zip(g, out, strict=True):
         if left:
             torch.bmm(by, part, out=made)
@@ -113,16 +119,29 @@ def relu(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = False) -
     if g.dim() == 5 and g.stride(2) == 1:
         # As the cotangents lie, so that both are read in order.
         result = result.contiguous(memory_format=torch.channels_last)
-    if over:
-        return (_aten.threshold_backward.grad_input(g, result, 0, grad_input=g),)
-    return (_aten.threshold_backward(g, result, 0),)
+    target = g if over else _as_it_lies(g)
+    return (_aten.threshold_backward.grad_input(g, result, 0, grad_input=target),)
 
 
 def elementwise(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = False) -> Found:
     """A function of one number: its slope, computed once, times each cotangent."""
     del needs
     slope = node(torch.ones(g.shape[1:], dtype=g.dtype, device=g.device))
-    return (g.mul_(slope) if over and slope.dtype == g.dtype else g * slope,)
+    return (_product(g, slope, over=over),)
+
+
+def _product(g: Tensor, other: Any, *, over: bool) -> Tensor:
+    """`g * other`, where possible in memory that is there already."""
+    if torch.result_type(g, other) != g.dtype:
+        return g * other
+    return torch.mul(g, other, out=g if over else _as_it_lies(g))
+
+
+def _as_it_lies(g: Tensor) -> Tensor:
+    """Memory for as many numbers in the same order."""
+    if samples_first(g):
+        return pages.like(g, g.transpose(0, 1).shape).transpose(0, 1)
+    return pages.like(g, g.shape)
 
 
 def scaled(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = False) -> Found:
@@ -130,23 +149,25 @@ def scaled(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = False)
     if needs[0] and not any(needs[1:]):
         other = node._saved_other
         if shape_of(node, 0) == tuple(g.shape[1:]) and not (isinstance(other, Tensor) and other.is_complex()):
-            over = (
-                over and not (isinstance(other, Tensor) and other.dtype != g.dtype) and not isinstance(other, complex)
-            )
-            return (g.mul_(other) if over else g * other, *(None for _ in needs[1:]))
+            return (_product(g, other, over=over), *(None for _ in needs[1:]))
     return None
+
+
+def _call_each(g: Tensor) -> bool:
+    """Whether calls for each cotangent are the cheaper way: large ones, each in one piece."""
+    return g[0].numel() >= LARGE and not samples_first(g)
 
 
 def _alongside(g: Tensor, t: Tensor) -> Tensor:
     """What a node saved of every sample, once per cotangent and in their order in memory: `(everything, *behind)`."""
     whole = t.unsqueeze(1).expand(-1, g.shape[0], *t.shape[1:]) if samples_first(g) else t.expand(g.shape[0], *t.shape)
-    return whole.flatten(0, 1)
+    return pages.reshaped(whole, (g.shape[0] * t.shape[0], *t.shape[1:]))
 
 
 def layer_norm(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
-    """The norm's own kernel for all cotangents at once: its input once more per cotangent costs less than the calls."""
+    """The norm's own kernel for all cotangents at once, where calls cost more than its input once per cotangent."""
     x, shape = node._saved_input, node._saved_normalized_shape
-    if needs != (True, False, False) or x.dim() <= len(shape):
+    if needs != (True, False, False) or x.dim() <= len(shape) or _call_each(g):
         return None
     rows, back = _in_rows(g, g.dim() - 2)
     x, mean, scale = (_alongside(g, t) for t in (x, node._saved_result1, node._saved_result2))
@@ -170,7 +191,7 @@ def _normalised(node: Any, g: Tensor, needs: tuple[bool, ...], kernel: Any) -> F
     y = node._saved_result
     axis = axis_of(node._saved_dim, max(y.dim(), 1))
     following, nr = node.next_functions[0]
-    if needs != (True,) or axis == 0 or following._input_metadata[nr].dtype != y.dtype:
+    if needs != (True,) or axis == 0 or following._input_metadata[nr].dtype != y.dtype or _call_each(g):
         return None
     rows, back = _in_rows(g, g.dim() - 2)
     return (back(kernel(rows, _alongside(g, y), axis, y.dtype)),)
@@ -207,14 +228,22 @@ def convolution(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
         return back(_folded(rows, weight, tuple(x.shape[2:]), *settings)), None, None
     if plane:
         # The library's kernels for this layout are up to four times as fast.
-        rows, weight = (t.contiguous(memory_format=torch.channels_last) for t in (rows, weight))
-    # Only its shape counts where its own gradient is all that is asked for.
-    blank = x.new_empty(1).expand(rows.shape[0], *x.shape[1:])
+        rows, weight = _channels_last(rows), weight.contiguous(memory_format=torch.channels_last)
+    # Only its shape counts where its own gradient is all that is asked for; what is spread would be made whole.
+    layout = torch.channels_last if plane else torch.contiguous_format
+    blank = torch.empty((rows.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
     made = _aten.convolution_backward(
         rows if plane else rows.contiguous(), blank, weight, None, *settings, node._saved_transposed,
         node._saved_output_padding, node._saved_groups, (True, False, False),
     )  # fmt: skip
     return back(made[0]), None, None
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    """`(N, C, H, W)` with the channels innermost in memory."""
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return t
+    return pages.like(t, (t.shape[0], *t.shape[2:], t.shape[1])).permute(0, 3, 1, 2).copy_(t)
 
 
 def _folded(rows: Tensor, weight: Tensor, space: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacray_workers import pages
 from jacray_workers.kernels.arrivals import samples_first
 
 Found = Sequence[Tensor | None] | None
@@ -36,8 +37,8 @@ def view(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
         # A linear layer over several axes: its rule takes them as they are, and one that repeats stays a view.
         return (g,)
     if g.dim() > 1 and shape and shape[0] == g.shape[1] and samples_first(g):
-        return (g.transpose(0, 1).reshape(shape[0], g.shape[0], *shape[1:]).transpose(0, 1),)
-    return (g.reshape(g.shape[0], *shape),)
+        return (pages.reshaped(g.transpose(0, 1), (shape[0], g.shape[0], *shape[1:])).transpose(0, 1),)
+    return (pages.reshaped(g, (g.shape[0], *shape)),)
 
 
 def _signed(number: int) -> int:
