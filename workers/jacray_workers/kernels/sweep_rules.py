@@ -54,7 +54,8 @@ def _in_rows(g: Tensor, keep: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     lead, last = g.shape[: g.dim() - keep], g.shape[g.dim() - keep :]
 
     def back(t: Tensor) -> Tensor:
-        return t.unflatten(0, lead).transpose(0, 1) if by_sample else t.unflatten(0, lead)
+        parts: Tensor = t.unflatten(0, lead)
+        return parts.transpose(0, 1) if by_sample else parts
 
     return pages.reshaped(g, (math.prod(lead), *last)), back
 
@@ -133,7 +134,8 @@ def elementwise(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = F
 def _product(g: Tensor, other: Any, *, over: bool) -> Tensor:
     """`g * other`, where possible in memory that is there already."""
     if torch.result_type(g, other) != g.dtype:
-        return g * other
+        made: Tensor = g * other
+        return made
     return torch.mul(g, other, out=g if over else _as_it_lies(g))
 
 
