@@ -37,13 +37,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None 
 
 
 def like(t: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory of another tensor's type on its device, for something in between that is large."""
-    return empty(shape, t.dtype, t.device)
+    """Memory of another tensor's type on its device, for something in between that may be large."""
+    small = math.prod(shape) * t.dtype.itemsize < HUGE
+    return torch.empty(shape, dtype=t.dtype, device=t.device) if small else empty(shape, t.dtype, t.device)
 
 
 def reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     """`t.reshape(shape)`, a copy only where there is no view."""
-    if t.nbytes < LEAST or t.is_contiguous():
+    if t.nbytes < HUGE or t.is_contiguous():
         return t.reshape(shape)
     try:
         return t.view(shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 # Matrix products with fewer columns than this run at half the speed of their transposes; the copy back is small.
 NARROW = 32
 # Multiplications from which a call for a part costs less than to bring all cotangents into the order of one product.
-WORTH = 1 << 20
+WORTH = 1 << 22
 
 
 def write_outer(out: Tensor, acts: Tensor, cots: Tensor, flip: bool, add: bool) -> None:
@@ -44,19 +44,16 @@ def _write_single(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
 
 
 def _write_rows(out: Tensor, acts: Tensor, cots: Tensor, add: bool) -> None:
-    """`out` `(B, R, O, I)`: a product per sample and row, or of all rows of a sample where those are small."""
-    batch, rows, outs, width = out.shape
-    places = acts.shape[1]
-    if max(batch, rows) * outs * width * places >= WORTH or not _merge(out):
-        _write_slices(out, acts, cots, add)
+    """`out` `(B, R, O, I)`: all rows of a sample in one call, or of all samples where those are small."""
+    worth = out[0].numel() * acts.shape[1] >= WORTH
+    if not _merge(out) or (worth and out[0].is_contiguous()):
+        for target, a, g in zip(out, acts, cots, strict=True):
+            _write_sample(target, a.expand(len(g), -1, -1), g, add)
         return
     # Copied so that runs of memory stay together, whichever of positions and features lies innermost.
     rows_last = cots.stride(-1) == 1
     left = cots.transpose(1, 2).flatten(2).mT if rows_last else cots.mT.flatten(1, 2)
-    if _narrow(acts):
-        add_or_copy(out.flatten(1, 2), torch.bmm(acts.mT, left.mT).mT, add)
-    else:
-        _write_bmm(out.flatten(1, 2), left, acts, add)
+    _write_sample(out.flatten(1, 2), acts, left.mT, add)
 
 
 def _merge(out: Tensor) -> bool:
@@ -64,21 +61,12 @@ def _merge(out: Tensor) -> bool:
     return out.shape[1] == 1 or out.stride(1) == out.shape[2] * out.stride(2)
 
 
-def _narrow(acts: Tensor) -> bool:
-    return acts.shape[2] <= NARROW and acts.shape[1] >= 4 * acts.shape[2]
-
-
-def _write_slices(out: Tensor, acts: Tensor, cots: Tensor, add: bool) -> None:
-    """One sample at a time, whose block is one run of memory; or one row at a time where those are fewer."""
-    batch, rows = out.shape[:2]
-    for at in range(min(batch, rows)):
-        target, g, a = (
-            (out[at], cots[at], acts[at].expand(rows, -1, -1)) if batch <= rows else (out[:, at], cots[:, at], acts)
-        )
-        if _narrow(acts):
-            add_or_copy(target, torch.bmm(a.mT, g).mT, add)
-        else:
-            _write_bmm(target, g.mT, a, add)
+def _write_sample(out: Tensor, acts: Tensor, cots: Tensor, add: bool) -> None:
+    """`out` `(n, O, I)` by `acts` `(n, S, I)` and `cots` `(n, S, O)`."""
+    if acts.shape[2] <= NARROW and acts.shape[1] >= 4 * acts.shape[2]:
+        add_or_copy(out, torch.bmm(acts.mT, cots).mT, add)
+    else:
+        _write_bmm(out, cots.mT, acts, add)
 
 
 def _write_bmm(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
