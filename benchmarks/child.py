@@ -81,9 +81,10 @@ def regret(work: Work, budget: float, one: float) -> dict[str, Any]:
     measure_regret: Callable[..., Any] = importlib.import_module("benchmarks.regret").measure
     # Some methods are slower than the chosen one, and about half of the five take part.
     rounds = int(max(REGRET_ROUNDS[0], min(REGRET_ROUNDS[1], budget / (5 * one))))
-    chosen, medians = measure_regret(work.case, rounds)
+    chosen, medians, out = measure_regret(work.case, rounds)
     best = min(medians, key=medians.__getitem__)
-    return {"chosen": chosen, "best": best, "ratio": medians[chosen] / medians[best], "medians": medians}
+    ratio = medians[chosen] / medians[best]
+    return {"chosen": chosen, "best": best, "ratio": ratio, "medians": medians, "priced_out": out}
 
 
 if __name__ == "__main__":

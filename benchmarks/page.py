@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.table import OURS, Row, best_peer, promise, seconds, size, spread, times, verdict
-from benchmarks.works import REGRET
+from benchmarks.works import PRICED_OUT, REGRET
 
 
 def page(rows: Sequence[Row], about: str = "") -> str:
@@ -107,15 +107,17 @@ def _regrets(rows: Sequence[Row]) -> list[str]:
             f"({worst['title']}); promised at most {times(REGRET)}; met: {met}."
         ),
         "",
-        "| work | chosen | best | regret | medians by method |",
-        "|---|---|---|---|---|",
+        f"A method priced at more than {PRICED_OUT:.0f} times the best is not run; the last column has its price.",
+        "",
+        "| work | chosen | best | regret | medians by method | priced out |",
+        "|---|---|---|---|---|---|",
     ]
     for row in found:
         regret = row["regret"]
         medians = ", ".join(f"{n} {seconds(t)}" for n, t in sorted(regret["medians"].items(), key=lambda p: p[1]))
-        lines.append(
-            f"| {row['title']} | {regret['chosen']} | {regret['best']} | {times(regret['ratio'])} | {medians} |"
-        )
+        out = ", ".join(f"{n} {price:.0f}x" for n, price in regret.get("priced_out", {}).items())
+        shown = f"{regret['chosen']} | {regret['best']} | {times(regret['ratio'])} | {medians} | {out}"
+        lines.append(f"| {row['title']} | {shown} |")
     return [*lines, ""]
 
 

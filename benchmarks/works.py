@@ -9,6 +9,8 @@ from benchmarks.nets import Case
 
 BEST = "best peer"
 REGRET = 1.25
+# Own methods priced at this many times the best price are not run for the regret: a call may take minutes.
+PRICED_OUT = 40.0
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def test_the_limit_is_the_larger_of_both():
 
 def test_the_page_says_everything():
     regret = {"chosen": "layerwise", "best": "reverse", "ratio": 1.3, "medians": {"layerwise": 0.013, "reverse": 0.01}}
+    regret["priced_out"] = {"forward": 123.4}
     text = page([row(target={"speed": 2.5}), row(target={"speed": 5}, title="other work", regret=regret)])
     assert "| some work | 10 ms | 30 ms other | 3x | 2.5x best peer | 4 ms, 2.5x |" in text
     summary = [line for line in text.splitlines() if line.startswith(("| some work", "| other work"))]
@@ -76,6 +77,7 @@ def test_the_page_says_everything():
         "THP_MEM_ALLOC_ENABLE=1",
         "cannot: no rule",
         "promised at most 1.25x; met: **no**",
+        "| forward 123x |",
         "wrong: differs by 2.0",
         "100 Gflop/s",
     ]
