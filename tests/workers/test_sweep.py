@@ -17,6 +17,12 @@ FEW = torch.randn(4, 2, 3, 2, dtype=D)
 T = torch.randn(3, 4, 2, 2, dtype=D)
 S = torch.randn(5, dtype=D)
 
+
+def twice(x, f):
+    """A residual connection, whose cotangent goes two ways and meets itself again."""
+    return x + f(F.linear(F.linear(x, W, B), W.T)) * 2
+
+
 # What is done to x, and the shape of x with the batch first.
 USES = {
     "linear": (lambda x: F.linear(x, W, B), (3, 5)),
@@ -43,6 +49,9 @@ USES = {
     "conv2d in groups": (lambda x: F.conv2d(x, K[2][:, :1], groups=2), (3, 2, 6, 6)),
     "conv3d": (lambda x: F.conv3d(x, K[3]), (3, 3, 4, 4, 4)),
     "transposed conv": (lambda x: F.conv_transpose2d(x, T, stride=2, output_padding=1), (3, 3, 4, 4)),
+    "residuals": (lambda x: twice(twice(x, F.relu), F.gelu), (3, 5)),
+    "residuals of stacks": (lambda x: twice(twice(x, lambda t: (t @ t.mT).softmax(-1) @ t), F.relu), (3, 4, 5)),
+    "one cotangent for several": (lambda x: (x.tanh() + x.sin()) + (x.exp() + (x + x)) + (x.cos() - x), (3, 5)),
     "norm": (lambda x: F.layer_norm(x, (5,), S, S).softmax(dim=-1), (3, 4, 5)),
     "norm of several axes": (lambda x: F.layer_norm(x.transpose(1, 2), (4, 5)) * S, (3, 4, 2, 5)),
     "norm of everything": (lambda x: F.layer_norm(x[1], (4,)).sum() + x[:, 0] ** 2, (3, 4)),
@@ -93,6 +102,35 @@ def test_an_inner_place_gets_its_shape():
     for place, g in zip((x, flat, made), found, strict=True):
         plain = torch.stack([torch.autograd.grad(y, place, v, retain_graph=True)[0] for v in vs])
         torch.testing.assert_close(g, plain)
+
+
+def test_what_a_caller_gets_is_not_written_over():
+    x = torch.randn(3, 5, dtype=D, requires_grad=True)
+    hidden = F.linear(x, W, B)
+    off = F.relu(hidden)
+    scaled = off * 3
+    y = F.linear(scaled, W.T) + x
+    places = [y, scaled, off, hidden, x]
+    vs = torch.randn(4, 3, 5, dtype=D)
+    before = vs.clone()
+    found = sweep(y, places, vs)
+    assert found is not None
+    for place, g in zip(places, found, strict=True):
+        plain = torch.stack([torch.autograd.grad(y, place, v, retain_graph=True)[0] for v in vs])
+        torch.testing.assert_close(g, plain)
+    assert torch.equal(vs, before)
+
+
+def test_large_cotangents_of_a_norm_and_a_softmax():
+    weight = torch.randn(512, 64, dtype=D) / 8
+    x = torch.randn(2, 24, 512, dtype=D, requires_grad=True)
+    scores = F.layer_norm(x, (512,)) @ weight
+    y = (torch.softmax(scores @ scores.mT, -1) @ F.layer_norm(x, (512,))).log_softmax(-1).mean(1)
+    vs = torch.eye(512, dtype=D)[:6, None].expand(-1, 2, -1)
+    found = sweep(y, [x], vs)
+    assert found is not None
+    plain = torch.stack([torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in vs])
+    torch.testing.assert_close(found[0], plain, rtol=1e-9, atol=1e-13)
 
 
 def test_a_place_that_nothing_leads_to_gets_none():

@@ -73,7 +73,7 @@ class Arrived:
                 return g.add_(before)
             if self.spare(before, kept):
                 return before.add_(g)
-        both = torch.add(before, g, out=pages.like(g, g.shape)) if before.dtype == g.dtype else before + g
+        both = torch.add(before, g, out=as_it_lies(g)) if before.dtype == g.dtype else before + g
         self._fresh.add(_memory(both))
         return both
 
@@ -109,6 +109,13 @@ def typed(node: Node, nr: int, g: Tensor) -> Tensor:
 def samples_first(g: Tensor) -> bool:
     """Whether the cotangents of one sample lie together in memory."""
     return g.dim() > 1 and g.stride(0) < g.stride(1)
+
+
+def as_it_lies(g: Tensor) -> Tensor:
+    """Memory for as many numbers in the same order."""
+    repeats = any(stride == 0 for stride in g.stride())
+    order = list(range(g.dim())) if repeats else sorted(range(g.dim()), key=g.stride, reverse=True)
+    return pages.like(g, [g.shape[d] for d in order]).permute([order.index(d) for d in range(g.dim())])
 
 
 def _memory(t: Tensor) -> int:

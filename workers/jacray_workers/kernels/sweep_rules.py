@@ -20,7 +20,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
 from jacray_workers import pages
-from jacray_workers.kernels.arrivals import samples_first
+from jacray_workers.kernels.arrivals import as_it_lies, samples_first
 from jacray_workers.kernels.sweep_views import (
     VIEWS,
     Found,
@@ -120,7 +120,7 @@ def relu(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = False) -
     if g.dim() == 5 and g.stride(2) == 1:
         # As the cotangents lie, so that both are read in order.
         result = result.contiguous(memory_format=torch.channels_last)
-    target = g if over else _as_it_lies(g)
+    target = g if over else as_it_lies(g)
     return (_aten.threshold_backward.grad_input(g, result, 0, grad_input=target),)
 
 
@@ -136,14 +136,7 @@ def _product(g: Tensor, other: Any, *, over: bool) -> Tensor:
     if torch.result_type(g, other) != g.dtype:
         made: Tensor = g * other
         return made
-    return torch.mul(g, other, out=g if over else _as_it_lies(g))
-
-
-def _as_it_lies(g: Tensor) -> Tensor:
-    """Memory for as many numbers in the same order."""
-    if samples_first(g):
-        return pages.like(g, g.transpose(0, 1).shape).transpose(0, 1)
-    return pages.like(g, g.shape)
+    return torch.mul(g, other, out=g if over else as_it_lies(g))
 
 
 def scaled(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = False) -> Found:
