@@ -9,7 +9,7 @@ import jacray
 import pytest
 import torch
 from jacray_workers.errors import CoupledSamplesError
-from jacray_workers.planning import planner
+from jacray_workers.planning import planner, relook
 from torch import nn
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
@@ -184,3 +184,43 @@ def test_a_scripted_container():
     scripted = torch.jit.script(plain)
     for _ in range(2):
         torch.testing.assert_close(jacray.jacobian(scripted, X), jacray.jacobian(plain, X))
+
+
+class Far(nn.Module):
+    """Treats its samples apart as long as none is far out."""
+
+    def forward(self, x):
+        y = torch.tanh(x)
+        far = (x.abs().amax() > 50).to(x)
+        return y + far * (y.mean(dim=0) - y)
+
+
+def test_new_data_in_which_samples_are_no_longer_apart(plans):
+    model, x = Far(), torch.randn(6, 3)
+    jacray.jacobian(model, x)
+    near, far = torch.randn(6, 3), torch.randn(6, 3)
+    jacray.jacobian(model, near)
+    assert len(plans) == 1
+    far[5, 0] = 60.0
+    jacray.jacobian(model, torch.randn(6, 3))
+    # The fourth inputs are looked at, and go one by one: a sample alone is its own mean.
+    found = jacray.jacobian(model, far)
+    assert len(plans) == 2
+    torch.testing.assert_close(found, torch.diag_embed(1 - torch.tanh(far) ** 2))
+
+
+def test_the_same_inputs_are_not_looked_at_again(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 2)), torch.randn(6, 3)
+    jacray.jacobian(model, x)
+    looks = []
+    monkeypatch.setattr(relook, "look", lambda *_: looks.append(1) or "")
+    for _ in range(20):
+        jacray.jacobian(model, x)
+    assert not looks
+    x += 1.0
+    jacray.jacobian(model, x)
+    assert len(looks) == 1
+    monkeypatch.setattr(relook, "SHARE", 0.0)
+    for _ in range(31):
+        jacray.jacobian(model, torch.randn(6, 3))
+    assert len(looks) <= 5

@@ -17,7 +17,7 @@ from jacray_workers.arrays import ArrayPlanner, structure
 from jacray_workers.blocks.block import Block, dense_block
 from jacray_workers.errors import InputError
 from jacray_workers.plan import ArrayPlan, Plan
-from jacray_workers.planning import planner
+from jacray_workers.planning import planner, relook
 from jacray_workers.planning.case import WORKSPACE_SHARE, budget_of
 from jacray_workers.planning.rehearsal import rehearse
 from jacray_workers.problem import cache, weights
@@ -78,7 +78,7 @@ def prepare(
         inputs = rows.read(0, min(FEW, rows.samples)).inputs
     key = None if rows is not None else cache.key_of(model, inputs, request, (workers, apart)) if plan is None else None
     kept = cache.recall(model, key)
-    if kept is not None:
+    if kept is not None and relook.holds(*kept):
         problem, plan, leaves = kept
     else:
         problem, leaves = resolve(model, inputs, request)

@@ -17,7 +17,8 @@ from jacray_workers.plan import ArrayPlan, Plan
 from jacray_workers.planning import memory, pricing, sizing, trial
 from jacray_workers.planning.case import Case, Tried, budget_of, directions, trial_rows
 from jacray_workers.planning.field import enter, has_short_way
-from jacray_workers.planning.ladder import READS, Standing, among_many, stand
+from jacray_workers.planning.ladder import READS, Standing, stand
+from jacray_workers.planning.relook import look
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.weights import Directions
 from jacray_workers.request import Request
@@ -50,7 +51,7 @@ def choose(
         case = _look(problem, leaves, request, arrays, workers, budget, ks, vs)
         case = dataclasses.replace(case, apart=apart or workers > 1)
         plan = _decide(case)
-        why = among_many(problem, leaves, plan.chunk_size) if plan.batched and not plan.compared else ""
+        why = look(problem, leaves, plan)
         if why:
             plan = _decide(case.apart_for(why))
         return plan

@@ -6,7 +6,8 @@ one random cotangent per sample pulled back: any use of one sample's numbers in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,10 +39,10 @@ def alike(problem: Problem, batch: Sequence[Tensor]) -> bool:
     u = normal(torch.empty(size, problem.rows), generator(problem.seed)).to(problem.device, problem.dtype)
     try:
         among = _pulled(problem, batch, u)
-        parts = [_pulled(problem, [leaf[i : i + 1] for leaf in batch], u[i : i + 1]) for i in range(size)]
+        parts = (_pulled(problem, [leaf[i : i + 1] for leaf in batch], u[i : i + 1]) for i in range(size))
+        return _same(problem, among, parts)
     except MethodError:
         return False  # no backward, so nothing to compare
-    return _same(problem, among, parts)
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,26 @@ def _pulled(problem: Problem, batch: Sequence[Tensor], u: Tensor) -> _Pulled:
     return backward_loop.on_graph(problem, batch, use)
 
 
-def _same(problem: Problem, among: _Pulled, parts: Sequence[_Pulled]) -> bool:
+def _same(problem: Problem, among: _Pulled, parts: Iterable[_Pulled]) -> bool:
+    """Compare each sample as it comes: of parameters only the sum is held."""
     allowed = ALIKE[problem.dtype]
+    floors = [FLOOR * size if grad.numel() and (size := largest(grad)) < math.inf else 0.0 for grad in among.grads]
+    sums = [
+        torch.zeros_like(grad) if not own(leaf) else None
+        for leaf, grad in zip(problem.leaves, among.grads, strict=True)
+    ]
     for i, part in enumerate(parts):
         for out in problem.outs:
             rows = slice(out.rows.start, out.rows.stop)
             if relative(among.y[i, rows], part.y[0, rows]) > allowed:
                 return False
-    for leaf, grad, alone in zip(problem.leaves, among.grads, zip(*(p.grads for p in parts), strict=True), strict=True):
-        floor = FLOOR * largest(grad) if grad.numel() else 0.0
-        floor = floor if floor < float("inf") else 0.0
-        pairs = zip(grad, (a[0] for a in alone), strict=True) if own(leaf) else ((grad, sum(alone)),)
-        if any(relative(a, b, floor) > allowed for a, b in pairs):
-            return False
-    return True
+        for grad, alone, total, floor in zip(among.grads, part.grads, sums, floors, strict=True):
+            if total is not None:
+                total.add_(alone)
+            elif relative(grad[i], alone[0], floor) > allowed:
+                return False
+    whole = zip(among.grads, sums, floors, strict=True)
+    return all(total is None or relative(grad, total, floor) <= allowed for grad, total, floor in whole)
 
 
 class Judge:
