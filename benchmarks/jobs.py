@@ -178,7 +178,7 @@ def main() -> None:
     if "plan" in named:
         planning(10_000_000)
     if "ray" in named:
-        on_ray(20_000)
+        on_ray(40_000)
 
 
 if __name__ == "__main__":

@@ -137,8 +137,9 @@ class Client:
             request: a request made before; `fields` change some of it.
             to: a folder that every worker reaches, or a URL such as `s3://BUCKET/RUN`. Workers write their blocks into
                 its `results.zarr` as they go, and the result is read from there when it is sliced, so it may be larger
-                than memory. None gives the result in memory. A local folder also holds the job's journal: submitted
-                again, the same job goes on from what is finished there, and another job is refused.
+                than memory. None gives the result in memory. Beside it is the job's journal (of a URL a copy that
+                follows within seconds): submitted again, the same job goes on from what is finished there, and
+                another job is refused.
             key: an idempotency key. The job that was submitted with it before is given back, unless it failed or was
                 cancelled: then it is started again.
             on_error: what a shard that always fails does. `fail` ends the job with its error; `skip` finishes the
