@@ -34,6 +34,11 @@ REFUSED = {
     "fixed_point_until": "torch.where",
     "hamiltonian_autograd": "torch.export",
     "hamiltonian_func": "torch.export",
+    "branch_by_numpy": "numpy",
+    "branch_by_count": "torch.where",
+    "branch_by_comparison": "torch.where",
+    "other_way_in_large_batches": "batch size",
+    "writes_into_its_weight": "writes into a parameter",
 }
 # The graph is of eval mode, and one batch's samples may not depend on each other.
 ELSEWHERE = {"compiled"}

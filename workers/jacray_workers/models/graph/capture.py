@@ -24,6 +24,7 @@ from jacray_workers.models.graph.file import stored
 from jacray_workers.models.graph.values import Ref
 from jacray_workers.problem.problem import CallableModule, as_module
 from jacray_workers.problem.session import session
+from jacray_workers.problem.state import kept
 from jacray_workers.problem.trees import arguments
 from jacray_workers.validation import explain
 
@@ -130,7 +131,8 @@ def _converted(
     flat = _Flat(module, call, seen)
     flat.training = False
     try:
-        with _marked(module, sides), _no_custom_backward(), _silence():
+        # What a module keeps from a call is made of the tracer's tensors here, and must not stay with its owner.
+        with kept(module, deep=True), _marked(module, sides), _no_custom_backward(), _silence():
             program = torch.export.export(flat, tuple(leaves), dynamic_shapes=shapes, strict=False)
     except ModelError:
         raise

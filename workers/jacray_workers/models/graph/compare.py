@@ -30,7 +30,14 @@ def checked(model: Any, example: Any) -> tuple[Document, dict[str, Tensor]]:
         InputError: the example is no batch of tensors.
     """
     document, tensors = capture(model, example)
-    module, graph = as_module(model), GraphModule(document, tensors)
+    module = as_module(model)
+    try:
+        graph = GraphModule(document, tensors)
+    except ModelError as error:
+        rule = f"must be a module whose graph a file can hold, but it {error.rule}"
+        raise ModelError(
+            "model", rule, type(module).__name__, "keep to your own process or Ray, which take any"
+        ) from None
     call, leaves = arguments(module.function if isinstance(module, CallableModule) else module, example)
     for size in sorted({1, len(leaves[0])}):
         few = [leaf.detach()[:size] for leaf in leaves]
@@ -49,7 +56,7 @@ def _unlike(module: nn.Module, what: str) -> ModelError:
 
 def _computed(module: nn.Module, call: Arguments, leaves: list[Tensor]) -> tuple[list[Any], dict[str, Tensor]]:
     """The outputs, and the gradients of a random combination of them wrt float inputs and parameters."""
-    with session(module, training=False, tf32=False, seed=0), _learning(module) as state:
+    with session(module, training=False, tf32=False, seed=0, stateful=True), _learning(module) as state:
         inputs = {i: leaf.clone().requires_grad_() for i, leaf in enumerate(leaves) if leaf.is_floating_point()}
         args, kwargs = call.bind([inputs.get(i, leaf).clone() for i, leaf in enumerate(leaves)])
         seed_generators(0)
