@@ -32,7 +32,7 @@ from jacray.failures import OnError, check_on_error
 from jacray.fields import AllFields
 from jacray.job import Job
 from jacray.limits import Door, Limits, Load
-from jacray.orders import Order, check_shards, in_units, loaded
+from jacray.orders import Order, check_shards, in_units, loaded, pace
 from jacray.outcome import begin_store
 from jacray.receipt import Ledger
 from jacray.result import Result
@@ -258,7 +258,8 @@ class Client:
             )  # fmt: skip
         if earlier is not None:
             return prepared, earlier
-        plan = in_units(prepared.plan, order.request, self._shard_size)
+        with torch_threads(self._executor.threads):
+            plan = in_units(prepared.plan, order.request, self._shard_size, lambda: pace(prepared))
         return prepared, replace(plan, threads=self._executor.threads)
 
     def _describe(self) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jacray_workers.engine import Prepared, run_shard
 from jacray_workers.errors import RequestError
-from jacray_workers.plan import Plan
+from jacray_workers.plan import Plan, Shard
 from jacray_workers.request import Request
 from jacray_workers.sources.loaded import Loaded
 from jacray_workers.sources.ranged import Rows
@@ -62,32 +66,47 @@ def loaded(x: Any) -> Loaded:
     return x if isinstance(x, Loaded) else Loaded(x)
 
 
-def in_units(plan: Plan, request: Request, size: int | None) -> Plan:
+def in_units(plan: Plan, request: Request, size: int | None, pace: Callable[[], float]) -> Plan:
     """The plan with chunks and shards no longer than a job should be deaf, or may lose.
 
-    By what its method took in the planner's trial: chunks of about a second where their size is not asked for, passes
-    of about a second where a chunk takes longer, and shards of some twenty.
+    Chunks of about a second where their size is not asked for, passes of about a second where a chunk takes longer,
+    and shards of some twenty, by what the method took in the planner's trial. The first call in a process may take
+    many times what the next ones do: where the trial says that something is too long, a sample is timed again.
 
     Args:
         plan: as it was made.
         request: fixes the chunk size where it names one.
         size: samples per shard as the client fixed them: whole chunks each, or smaller chunks where these are larger.
+        pace: times one sample.
     """
     if plan.row_cuts:
         return plan
-    each = _seconds(plan)
     chunk = plan.chunk_size if size is None else min(plan.chunk_size, size)
+    shard, band = size or plan.shard_size, plan.row_chunk
+    # The pairs of samples of an NTK are computed anew by every shard: more of them would be more work.
+    each = 0.0 if "ntk" in request.returns else _seconds(plan)
+    if each * chunk > DEAF_SECONDS or each * shard > SHARD_SECONDS:
+        each = min(each, pace())
     if request.chunk_size is None:
         chunk = min(chunk, _power(_most(DEAF_SECONDS, each)))
-    shard = size or plan.shard_size
-    # The pairs of samples of an NTK are computed anew by every shard: more of them would be more work.
-    if size is None and "ntk" not in request.returns:
+    if size is None:
         shard = min(shard, _most(SHARD_SECONDS, each))
-    shard = min(plan.samples, max(chunk, shard // chunk * chunk))
-    band = plan.row_chunk
     if plan.method in BANDED and each * chunk > DEAF_SECONDS:
         band = max(1, int(band * DEAF_SECONDS / (each * chunk)))
+    shard = min(plan.samples, max(chunk, shard // chunk * chunk))
     return replace(plan, chunk_size=chunk, shard_size=shard, row_chunk=band)
+
+
+def pace(prepared: Prepared) -> float:
+    """Seconds of everything that the first sample takes; infinity where it cannot be computed alone."""
+    request = prepared.request.model_copy(update={"verify": False, "nan_policy": "propagate"})
+    alone = replace(prepared, request=request, plan=replace(prepared.plan, chunk_size=1))
+    began = time.perf_counter()
+    try:
+        run_shard(alone, Shard(0, 0, 1))
+    except Exception:  # noqa: BLE001 - what a model raises is told where its job meets it
+        return math.inf
+    return time.perf_counter() - began
 
 
 def check_shards(timeout: Any, size: Any) -> None:

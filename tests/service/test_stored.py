@@ -275,3 +275,19 @@ def test_named_inputs_are_read_together(inline_client, tmp_path):
     found = inline_client.submit(model, rows, method="reverse").result().jacobian
     assert torch.equal(found["a"], torch.diag_embed(b))
     assert torch.equal(found["b"], torch.diag_embed(a))
+
+
+@pytest.mark.parametrize("where", ["jacobian*/0/*/c", "target/c"])
+def test_a_file_that_is_lost_is_never_read_as_zeros(inline_client, tmp_path, where):
+    inputs = sources.Loaded(X, fields={"target": torch.arange(21)})
+    asked = {"wrt": "params", "form": "factors", "method": "layerwise"}
+    inline_client.submit(MODEL, inputs, to=tmp_path / "run", **asked).result()
+    whole = jacray.load(tmp_path / "run")
+    assert whole.fields["target"].tolist() == list(range(21))
+    assert all(array.dense().shape == array.shape for array in whole.arrays.values())
+    for folder in (tmp_path / "run/results.zarr").glob(where):
+        for path in folder.rglob("*"):
+            path.unlink() if path.is_file() else None
+    found = jacray.load(tmp_path / "run")
+    with pytest.raises(StorageError, match="lost"):
+        [found.fields["target"], *(array.dense() for array in found.arrays.values())]

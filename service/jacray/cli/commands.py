@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 def plan_file(file: str, overrides: Sequence[str]) -> str:
     """How a file would be computed, in words."""
     run = read_run(file, overrides)
-    from jacray.api import plan
+    from jacray_workers.engine import prepare
+    from jacray_workers.models import as_model
+
     from jacray.executors.threads import torch_threads
-    from jacray.orders import in_units
+    from jacray.orders import in_units, pace
     from jacray.work import make
 
     work, cluster = make(run), run.spec.cluster
     # As a worker would have it: threads decide which method is fastest, workers how many shards there are.
     with run.naming(), torch_threads(max(1, int(cluster.cpus_per_worker))):
-        made = plan(work.model, work.loaded.inputs, request=work.request, workers=cluster.workers)
-        return in_units(made, work.request, cluster.shard_size).explain()
+        prepared = prepare(as_model(work.model), work.loaded.inputs, work.request, workers=cluster.workers)
+        return in_units(prepared.plan, work.request, cluster.shard_size, lambda: pace(prepared)).explain()
 
 
 def run_file(file: str, overrides: Sequence[str], style: Style = "auto") -> None:

@@ -119,6 +119,9 @@ def read_factors(store: Store, array: ArrayPlan, start: int, stop: int) -> Tenso
         shard = store.plan.shard(index)
         low, high = max(start, shard.start), min(stop, shard.stop)
         meta, nodes = _part(store, array, shard)
+        # What is not there reads as zeros.
+        if any(next(unwritten(node), None) is not None for node in nodes.values()):
+            raise not_there(store, array, shard.start, shard.stop)
         factors = {
             name: _read(store, node, slice(low - shard.start, high - shard.start)) for name, node in nodes.items()
         }
@@ -170,7 +173,11 @@ def read_node(store: Store, array: ArrayPlan, node: Any, place: tuple[Any, ...])
 
 def read_field(store: Store, name: str) -> Tensor:
     """What is known of each sample under this name."""
-    return torch.from_numpy(_read(store, store.group[store.fields[name]], ...))
+    node = store.group[store.fields[name]]
+    if next(unwritten(node), None) is not None:
+        rule = f"must hold every block of {name}, but some are lost"
+        raise StorageError(store.target.results, rule, None, "take the field from where the inputs came from")
+    return torch.from_numpy(_read(store, node, ...))
 
 
 def _read(store: Store, node: Any, place: Any) -> np.ndarray[Any, Any]:

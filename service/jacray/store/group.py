@@ -188,7 +188,7 @@ def _attributes(array: ArrayPlan) -> dict[str, Any]:
 def _write_per_sample(group: zarr.Group, name: str, values: np.ndarray[Any, Any]) -> None:
     """A small array with a row per sample; under the name of its dimension it is a coordinate."""
     made = group.create_array(
-        name, shape=values.shape, dtype=values.dtype, compressors=[Crc32cCodec()],
+        name, shape=values.shape, dtype=values.dtype, compressors=[Crc32cCodec()], config={"write_empty_chunks": True},
         dimension_names=("sample", *(f"{name}_{axis}" for axis in range(values.ndim - 1))),
     )  # fmt: skip
     made[...] = values

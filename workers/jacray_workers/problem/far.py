@@ -38,6 +38,10 @@ class FarLeaf:
             raise IndexError(f"samples that are read by range are taken in rising order; got {index}")
         return self._window.read(start, stop)[self._name]
 
+    def is_inference(self) -> bool:
+        """Whether nobody counts what is written to it, as to tensors of inference mode: it is only read."""
+        return True
+
     def is_floating_point(self) -> bool:
         """Whether it holds floats."""
         return self.dtype.is_floating_point
