@@ -24,6 +24,7 @@ from jacray_workers.errors import JobError, StorageError
 from jacray_workers.models import as_model
 from jacray_workers.planning import ladder, sizing
 from jacray_workers.sources import ranged
+from jacray_workers.sources.loaded import Loaded
 from jacray_workers.sources.ranged import Rows
 from jacray_workers.sources.specs import Npy, Safetensors
 from safetensors.torch import save_file
@@ -279,7 +280,7 @@ def test_named_inputs_are_read_together(inline_client, tmp_path):
 
 @pytest.mark.parametrize("where", ["jacobian*/0/*/c", "target/c"])
 def test_a_file_that_is_lost_is_never_read_as_zeros(inline_client, tmp_path, where):
-    inputs = sources.Loaded(X, fields={"target": torch.arange(21)})
+    inputs = Loaded(X, fields={"target": torch.arange(21)})
     asked = {"wrt": "params", "form": "factors", "method": "layerwise"}
     inline_client.submit(MODEL, inputs, to=tmp_path / "run", **asked).result()
     whole = jacray.load(tmp_path / "run")
