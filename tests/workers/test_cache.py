@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import jacray
 import pytest
 import torch
+from jacray_workers.again import Batch, again
+from jacray_workers.engine import prepare
 from jacray_workers.errors import CoupledSamplesError
 from jacray_workers.planning import planner, relook
+from jacray_workers.request import make_request
 from torch import nn
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
@@ -224,3 +227,18 @@ def test_the_same_inputs_are_not_looked_at_again(monkeypatch):
     for _ in range(31):
         jacray.jacobian(model, torch.randn(6, 3))
     assert len(looks) <= 5
+
+
+def test_work_that_is_kept_warm_is_looked_at_too():
+    """A service keeps what it prepared, and uses it for other inputs."""
+    model, request = Far(), make_request()
+    first = prepare(model, torch.randn(6, 3), request)
+    far = torch.randn(6, 3)
+    far[5, 0] = 60.0
+    assert again(first, [Batch(torch.randn(6, 3), request)]) is not None
+    assert again(first, [Batch(torch.randn(6, 3), request)]) is not None
+    assert again(first, [Batch(far, request)]) is None
+    assert again(first, [Batch(far, request)]) is None
+    anew = prepare(model, far, request)
+    assert not anew.plan.batched
+    assert again(anew, [Batch(torch.randn(6, 3), request)]) is not None

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from jacray_workers.engine import Prepared
 from jacray_workers.errors import InputError, Plain
 from jacray_workers.plan import ArrayPlan, Plan
+from jacray_workers.planning import relook
 from jacray_workers.problem import weights
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.weights import Directions
@@ -45,7 +46,8 @@ def again(prepared: Prepared, batches: Sequence[Batch]) -> Prepared | None:
         batches: of the same structure, types and shapes per sample.
 
     Returns:
-        The work, or None where the directions are not of the kind that it was prepared for.
+        The work, or None where the directions are not of the kind that it was prepared for, or where samples that its
+        plan takes together are no longer apart.
 
     Raises:
         InputError: the inputs differ in more than their number of samples.
@@ -58,6 +60,8 @@ def again(prepared: Prepared, batches: Sequence[Batch]) -> Prepared | None:
         return None
     samples, plan = leaves[0].shape[0], prepared.plan
     plan = plan if samples == plan.samples else resized(plan, samples)
+    if not relook.holds(prepared.problem, plan, leaves):
+        return None
     return replace(
         prepared, request=batches[0].request, plan=plan, leaves=tuple(leaves), cotangents=ks, tangents=vs
     )  # fmt: skip

@@ -26,11 +26,19 @@ _MEMO = "looked at"
 
 @dataclass
 class Looked:
-    """The inputs that were last looked at, how many new ones came since the plan was made, and what a look takes."""
+    """What is known of the inputs that came to a plan.
+
+    Attributes:
+        inputs: those last looked at, each with how often it was written to.
+        calls: how many new ones came since the plan was made.
+        seconds: what a look takes.
+        broken: some inputs have shown that the plan does not hold.
+    """
 
     inputs: list[tuple[weakref.ref[Tensor], int]]
     calls: int
     seconds: float
+    broken: bool = False
 
     def at(self, leaves: Sequence[Tensor]) -> bool:
         """Whether these are those inputs, and nothing was written to them since."""
@@ -53,14 +61,18 @@ def holds(problem: Problem, plan: Plan, leaves: Sequence[Tensor]) -> bool:
     """Whether a plan that was kept may be used for these inputs, as far as was looked."""
     looked: Looked | None = problem.memo.get(_MEMO)
     if looked is None or not plan.batched or plan.compared or plan.chunk_size == 1 or looked.at(leaves):
-        return True
+        return looked is None or not looked.broken
+    if looked.broken:
+        return False
     looked.calls += 1
     due = looked.calls & (looked.calls - 1) == 0
     if not due and looked.seconds > SHARE * sum(c.seconds for c in plan.candidates if c.method == plan.method):
         looked.inputs = _inputs(leaves)
         return True
     with problem.session():
-        return not look(problem, leaves, plan)
+        why = look(problem, leaves, plan)
+    problem.memo[_MEMO].broken = bool(why)
+    return not why
 
 
 def _inputs(leaves: Sequence[Tensor]) -> list[tuple[weakref.ref[Tensor], int]]:
