@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from jacray_workers.kernels import matmul
+from jacray_workers.kernels.matmul import mm
 from jacray_workers.kernels.sweep import sweep
 from torch import nn
 
@@ -131,6 +133,18 @@ def test_large_cotangents_of_a_norm_and_a_softmax():
     assert found is not None
     plain = torch.stack([torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in vs])
     torch.testing.assert_close(found[0], plain, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rows", [3, 700])
+def test_products_of_every_size(rows, turned, monkeypatch):
+    a, b = torch.randn(rows, 320), torch.randn(256, 320).mT if turned else torch.randn(320, 256)
+    torch.testing.assert_close(mm(a, b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(mm(a.T.contiguous().T, b), mm(a, b), rtol=1e-5, atol=1e-4)
+    monkeypatch.setattr(matmul, "_maker", lambda: "another")
+    matmul._linear.cache_clear()
+    torch.testing.assert_close(mm(a, b), a @ b, rtol=1e-5, atol=1e-4)
+    matmul._linear.cache_clear()
 
 
 def test_a_place_that_nothing_leads_to_gets_none():

@@ -8,7 +8,7 @@ from torch import Tensor
 # Matrix products with fewer columns than this run at half the speed of their transposes; the copy back is small.
 NARROW = 32
 # Multiplications from which a call for a part costs less than to bring all cotangents into the order of one product.
-WORTH = 1 << 22
+WORTH = 1 << 26
 
 
 def write_outer(out: Tensor, acts: Tensor, cots: Tensor, flip: bool, add: bool) -> None:

@@ -29,7 +29,7 @@ from jacray_workers.taps.record import Pulled, Tape, pull_cotangents, pull_rows,
 
 CHUNKS_ITSELF = True
 # Cotangents in flight where the widest tensor's would otherwise leave the cache, and how few are never parted.
-CACHE_BYTES, SEVERAL = 1 << 23, 16
+CACHE_BYTES, SEVERAL = 15 << 19, 16
 Form = Literal["dense", "auto", "factors"]
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
 from jacray_workers import pages
+from jacray_workers.kernels import matmul
 from jacray_workers.kernels.arrivals import as_it_lies, samples_first
 from jacray_workers.kernels.sweep_views import (
     VIEWS,
@@ -69,7 +70,7 @@ def _times(g: Tensor, matrix: Tensor) -> Tensor:
     rows, back = _in_rows(g, 1)
     if matrix.shape[1] < NARROW and matrix.stride(1) == 1:
         matrix = matrix.mT.contiguous().mT
-    return back(torch.mm(rows, matrix, out=pages.like(rows, (rows.shape[0], matrix.shape[1]))))
+    return back(matmul.mm(rows, matrix))
 
 
 def addmm(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
