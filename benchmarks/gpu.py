@@ -150,8 +150,10 @@ def back_off(device: str) -> Report:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
     whole = run_shard(prepared, prepared.plan.shard(0))
     return {
-        "returns": "jacobian", "method": "layerwise", "budget": room, "peak": room, "chunk": result.chunk, "of": 256,
+        "returns": "jacobian", "method": "layerwise", "budget": room, "peak": room,
+        "chunk": result.chunk_size, "of": 256,
         "within": result.facts.get("backoffs", 0) > 0, "backoffs": result.facts.get("backoffs", 0),
+        "resumed": result.facts.get("resumed", 0),
         "difference": max(_far(result.blocks[k], whole.blocks[k]) for k in whole.blocks),
     }  # fmt: skip
 

@@ -118,7 +118,7 @@ def test_one_sample_that_does_not_fit_is_told() -> None:
 
 
 CHILD = """
-import resource, sys, torch, jacray
+import sys, torch, jacray
 from torch import nn
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -133,41 +133,82 @@ def cnn():
     return nn.Sequential(*convs, nn.Flatten(), nn.Linear(32 * 24 * 24, 10))
 
 weighted = {"returns": "weighted_gradient", "weights": torch.randn(4, 5000, 10)}
+each = {"returns": "weighted_gradient", "weights": torch.randn(10), "wrt": "params", "reduction": "none"}
+small, wide = mlp(20, 24, 20), mlp(600, 256, 200)
+vectors = {name: torch.randn(p.shape) for name, p in wide.named_parameters()}
+several = ["jacobian", "gram", "norms", "singular_values"]
 net, x, fields = {
     "inputs": lambda: (mlp(400, 512, 64), torch.randn(512, 400), {}),
+    "many_inputs": lambda: (mlp(8000, 64, 8), torch.randn(16, 8000), {}),
+    "large_samples": lambda: (mlp(2000, 64, 2000), torch.randn(6, 2000), {}),
     "params": lambda: (mlp(300, 64, 10), torch.randn(150, 300), {"wrt": "params", "form": "dense"}),
+    "factors": lambda: (mlp(600, 256, 64), torch.randn(400, 600), {"wrt": "params", "form": "factors"}),
     "bottleneck": lambda: (mlp(600, 256, 16, 256, 600), torch.randn(80, 600), {}),
     "convolutions": lambda: (cnn(), torch.randn(256, 3, 24, 24), {}),
     "ntk": lambda: (mlp(600, 256, 40), torch.randn(60, 600), {"returns": "ntk"}),
+    "ntk_params": lambda: (mlp(600, 256, 40), torch.randn(60, 600), {"returns": "ntk", "wrt": "params"}),
     "gram": lambda: (mlp(600, 256, 256, 40), torch.randn(2000, 600), {"returns": "gram"}),
-    "singular_values": lambda: (mlp(600, 256, 200), torch.randn(300, 600), {"returns": "singular_values"}),
-    "mean_jacobian": lambda: (mlp(600, 256, 200), torch.randn(1000, 600), {"returns": "mean_jacobian"}),
+    "wide_gram": lambda: (mlp(2500, 64, 8), torch.randn(400, 2500), {"returns": "gram"}),
+    "ggn": lambda: (mlp(600, 256, 256, 40), torch.randn(2000, 600), {"returns": "ggn"}),
+    "ggn_times_vectors": lambda: (wide, torch.randn(999, 600), {"returns": "ggn", "wrt": "params", "vectors": vectors}),
+    "fisher": lambda: (small, torch.randn(1500, 20), {"returns": "fisher", "wrt": "params"}),
+    "norms": lambda: (wide, torch.randn(1000, 600), {"returns": "norms"}),
+    "norms_params": lambda: (wide, torch.randn(400, 600), {"returns": "norms", "wrt": "params"}),
+    "singular_values": lambda: (wide, torch.randn(300, 600), {"returns": "singular_values"}),
+    "top_singular_values": lambda: (wide, torch.randn(300, 600), {"returns": "singular_values", "top_k": 3}),
+    "mean_jacobian": lambda: (wide, torch.randn(1000, 600), {"returns": "mean_jacobian"}),
+    "mean_params": lambda: (mlp(600, 256, 40), torch.randn(1000, 600), {"returns": "mean_jacobian", "wrt": "params"}),
     "logabsdet": lambda: (mlp(400, 256, 400), torch.randn(300, 400), {"returns": "logabsdet"}),
     "weighted": lambda: (mlp(600, 512, 512, 10), torch.randn(5000, 600), weighted),
+    "weighted_each": lambda: (mlp(300, 64, 10), torch.randn(400, 300), each),
+    "jvp": lambda: (mlp(600, 512, 512, 10), torch.randn(5000, 600), {"returns": "jvp", "vectors": torch.randn(600)}),
+    "several": lambda: (mlp(600, 256, 64), torch.randn(300, 600), {"returns": several}),
 }[work]()
 fields = {"returns": "jacobian", **fields}
-few = {name: value[:, :3] if name == "weights" else value for name, value in fields.items()}
+few = {name: value[:, :3] if name == "weights" and value.dim() == 3 else value for name, value in fields.items()}
 jacray.compute(net, x[:3], method=method, **few)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-jacray.compute(net, x, method=method, memory_budget=budget, **fields)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / budget)
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+# From here on the highest mark is this call's own.
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+result = jacray.compute(net, x, method=method, memory_budget=budget, **fields)
+print((status("VmHWM") - before) / budget, result.plan.peak_bytes / budget)
 """
 # Each with a budget that holds it only in portions, or only just.
 WORKS = [
     *((method, "inputs", 120) for method in ("reverse", "forward", "backward_loop", "layerwise")),
+    ("forward", "many_inputs", 60),
+    *((method, "large_samples", 150) for method in ("auto", "reverse", "layerwise")),
     *((method, "params", 180) for method in ("reverse", "backward_loop", "layerwise")),
+    ("layerwise", "factors", 150),
     *((method, "convolutions", 200) for method in ("reverse", "backward_loop", "layerwise")),
     ("chain", "bottleneck", 140),
     ("auto", "ntk", 100),
-    ("auto", "gram", 200),
+    ("auto", "ntk_params", 100),
+    *((method, "gram", 200) for method in ("auto", "layerwise", "reverse")),
+    ("auto", "wide_gram", 200),
+    *((method, "ggn", 100) for method in ("auto", "reverse", "backward_loop")),
+    ("auto", "ggn_times_vectors", 100),
+    ("auto", "fisher", 60),
+    ("auto", "norms", 100),
+    ("layerwise", "norms_params", 250),
     ("auto", "singular_values", 200),
+    ("auto", "top_singular_values", 100),
     ("auto", "mean_jacobian", 200),
+    ("auto", "mean_params", 100),
     ("auto", "logabsdet", 200),
     ("auto", "weighted", 200),
+    ("reverse", "weighted_each", 150),
+    ("auto", "jvp", 200),
+    ("auto", "several", 200),
 ]
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the highest mark of resident memory is read as Linux shows it")
 @pytest.mark.parametrize(("method", "work", "budget"), WORKS)
 def test_the_budget_is_kept_as_resident_memory(method: str, work: str, budget: int) -> None:
     done = subprocess.run(
@@ -178,7 +219,9 @@ def test_the_budget_is_kept_as_resident_memory(method: str, work: str, budget: i
         timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1.0
+    taken, planned = map(float, done.stdout.split())
+    assert taken < 1.0
+    assert planned <= 1.0
 
 
 def test_a_chunk_is_rehearsed_where_it_comes_near_the_budget() -> None:

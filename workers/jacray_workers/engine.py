@@ -17,7 +17,7 @@ from jacray_workers.arrays import ArrayPlanner, structure
 from jacray_workers.blocks.block import Block, dense_block
 from jacray_workers.errors import InputError
 from jacray_workers.plan import ArrayPlan, Plan
-from jacray_workers.planning import planner, relook
+from jacray_workers.planning import memory, planner, relook
 from jacray_workers.planning.case import WORKSPACE_SHARE, budget_of
 from jacray_workers.planning.rehearsal import rehearse
 from jacray_workers.problem import cache, weights
@@ -78,9 +78,11 @@ def prepare(
         inputs = rows.read(0, min(FEW, rows.samples)).inputs
     key = None if rows is not None else cache.key_of(model, inputs, request, (workers, apart)) if plan is None else None
     kept = cache.recall(model, key)
+    before = 0
     if kept is not None and relook.holds(*kept):
         problem, plan, leaves = kept
     else:
+        before = memory.resident()
         problem, leaves = resolve(model, inputs, request)
         budget = budget_of(request, problem, workers) if plan is None else plan.budget_bytes
         problem = replace(problem, workspace=max(1, int(budget * WORKSPACE_SHARE)))
@@ -95,7 +97,7 @@ def prepare(
         arrays = ArrayPlanner(problem, request, samples, _lead(ks), _lead(vs)).all()
         plan = planner.choose(problem, leaves, request, arrays, workers, ks, vs, apart=apart)
         problem = replace(problem, compared=plan.compared)
-        plan = rehearse(Prepared(problem, request, plan, tuple(leaves), ks, vs))
+        plan = rehearse(Prepared(problem, request, plan, tuple(leaves), ks, vs), before)
         cache.remember(model, key, problem, plan)
     elif plan.samples != samples:
         raise InputError("inputs", f"must have the {plan.samples} samples that the plan was made for", samples)

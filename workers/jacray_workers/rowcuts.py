@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jacray_workers.engine import Prepared
 
 Shape = tuple[int, ...]
+COUNTED = ("backoffs", "resumed")
 
 
 def cuts(shapes: Sequence[Shape], most: int) -> tuple[int, ...]:
@@ -144,4 +145,12 @@ def merged(shard: Shard, results: Sequence[ShardResult]) -> ShardResult:
         checks=tuple(check for result in results for check in result.checks),
         nonfinite=tuple(bad for result in results for bad in result.nonfinite),
         seconds=sum(result.seconds for result in results),
+        chunk_size=min(result.chunk_size for result in results),
+        facts={**first.facts, **_counted(results)},
     )
+
+
+def _counted(results: Sequence[ShardResult]) -> dict[str, int]:
+    """What the shares of a shard count for the receipt, together."""
+    found = {name for result in results for name in COUNTED if name in result.facts}
+    return {name: sum(result.facts.get(name, 0) for result in results) for name in sorted(found)}

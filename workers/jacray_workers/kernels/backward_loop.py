@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from jacray_workers.errors import MethodError
-from jacray_workers.kernels.common import basis, blocks_for, gradients, math_attention, per_sample
+from jacray_workers.kernels.common import WHOLE, basis, begun, blocks_for, gradients, math_attention, per_sample, reach
 from jacray_workers.problem.problem import Problem
 from jacray_workers.unwanted import look
 
 # Numbers in flight up to which a pass is all overhead: folding the rows into the batch then beats one pass per row.
 FOLDED = 1 << 17
+
+# One row goes at a time, whatever the width.
+CHUNKS_ITSELF = True
 
 T = TypeVar("T")
 # `y`, values, cotangent, whether the graph is still needed -> one gradient per value.
@@ -44,14 +47,26 @@ def jacobian(
     rows = range(problem.rows) if rows is None else rows
     blocks = blocks_for(problem, batch[0].shape[0], len(rows), into)
     if all(per_sample(leaf) for leaf in problem.leaves):
-        _loop(problem, batch, rows, blocks)
-    else:
-        for i in range(batch[0].shape[0]):
-            _loop(problem, [leaf[i : i + 1] for leaf in batch], rows, [block[i : i + 1] for block in blocks])
+        done = begun(into)
+        _loop(problem, batch, rows[done:], [block[:, done:] for block in blocks], lambda n: reach(into, done + n))
+        return blocks
+    for i in range(batch[0].shape[0]):
+        done = begun(into, i)
+        if done < WHOLE:
+            alone, own = [leaf[i : i + 1] for leaf in batch], [block[i : i + 1, done:] for block in blocks]
+            _loop(problem, alone, rows[done:], own, lambda n, i=i, done=done: reach(into, done + n, i))  # type: ignore[misc]
+            reach(into, WHOLE, i)
     return blocks
 
 
-def _loop(problem: Problem, batch: Sequence[Tensor], rows: range, blocks: Sequence[Tensor]) -> None:
+def _loop(
+    problem: Problem,
+    batch: Sequence[Tensor],
+    rows: range,
+    blocks: Sequence[Tensor],
+    note: Callable[[int], None],
+) -> None:
+    """Write these rows, and note after each how many are done."""
     if _launch_bound(problem, batch, len(rows)):
         _fold(problem, batch, rows, blocks)
         return
@@ -61,6 +76,7 @@ def _loop(problem: Problem, batch: Sequence[Tensor], rows: range, blocks: Sequen
             grads = pull(y[:, row].sum(), values, None, row != rows[-1])
             for block, leaf, grad in zip(blocks, problem.leaves, grads, strict=True):
                 block[:, place] = grad if per_sample(leaf) else grad.unsqueeze(0)
+            note(place + 1)
 
     on_graph(problem, batch, pull_rows)
 

@@ -17,6 +17,8 @@ from jacray_workers.unwanted import look
 
 Sample = Callable[..., Tensor]
 _SYMBOLIC = "torch.fx.experimental.symbolic_shapes"
+# Steps of a sample of which everything is done.
+WHOLE = 1 << 62
 
 
 def per_sample(leaf: Leaf) -> bool:
@@ -88,13 +90,29 @@ class Targets(list[Tensor]):
     """Buffers to write blocks to, one per leaf.
 
     Attributes:
+        steps: for each sample, how many steps of the method stand in the buffers: rows; columns of one leaf after the
+            other for `forward`. A method goes on behind them, and counts them up as it goes; memory may run out.
         finite: the places of the buffers that were filled with numbers known to be finite, from bounds on what they
             were made of: reading a large result again would cost as much as writing it.
     """
 
-    def __init__(self, buffers: Iterable[Tensor]) -> None:
+    def __init__(self, buffers: Iterable[Tensor], steps: Iterable[int] = ()) -> None:
         super().__init__(buffers)
+        self.steps = list(steps)
         self.finite: set[int] = set()
+
+
+def begun(into: Sequence[Tensor] | None, sample: int = 0) -> int:
+    """How many steps of a sample, or of all of them alike, are done already."""
+    return into.steps[sample] if isinstance(into, Targets) and into.steps else 0
+
+
+def reach(into: Sequence[Tensor] | None, steps: int, sample: int | None = None) -> None:
+    """Note how many steps of a sample, or of all of them, are done now."""
+    if isinstance(into, Targets):
+        places = range(len(into.steps)) if sample is None else (sample,) if into.steps else ()
+        for place in places:
+            into.steps[place] = steps
 
 
 def note_bound(into: Sequence[Tensor] | None, place: int, bound: float) -> None:

@@ -14,10 +14,12 @@ from torch.func import vmap
 from jacray_workers.kernels import reverse
 from jacray_workers.kernels.common import (
     basis,
+    begun,
     blocks_for,
     leaf_dims,
     math_attention,
     per_sample,
+    reach,
     sample_function,
     spans,
     whole,
@@ -51,11 +53,14 @@ def jacobian(
     rows = range(problem.rows) if rows is None else rows
     values = whole(problem.values(batch))
     blocks = blocks_for(problem, batch[0].shape[0], len(rows), into)
+    done, before = begun(into), 0
     for index, leaf in enumerate(problem.leaves):
         flat = blocks[index].reshape(batch[0].shape[0], len(rows), leaf.size)
-        for span in spans(range(leaf.size), width or WIDTH):
-            pushed = _push(problem, values, batch, index, span)
-            flat[:, :, span.start : span.stop] = pushed[:, rows.start : rows.stop]
+        for span in spans(range(leaf.size)[max(done - before, 0) :], width or WIDTH):
+            flat[:, :, span.start : span.stop] = _push(problem, values, batch, index, span)[:, rows.start : rows.stop]
+            if _same_memory(flat, blocks[index]):
+                reach(into, before + span.stop)
+        before += leaf.size
         blocks[index].copy_(flat.reshape(blocks[index].shape)) if not _same_memory(flat, blocks[index]) else None
     return blocks
 

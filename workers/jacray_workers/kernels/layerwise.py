@@ -22,7 +22,7 @@ from jacray_workers.blocks.block import Block, DenseBlock, dense_block, smaller,
 from jacray_workers.blocks.join import cast, cat_terms
 from jacray_workers.blocks.terms import Dense, Term
 from jacray_workers.errors import MethodError
-from jacray_workers.kernels.common import blocks_for, note_bound, per_sample, spans
+from jacray_workers.kernels.common import begun, blocks_for, note_bound, per_sample, reach, spans
 from jacray_workers.kernels.pullback import Point, pull
 from jacray_workers.problem.problem import Leaf, Problem
 from jacray_workers.taps.record import Pulled, Tape, pull_cotangents, pull_rows, record
@@ -74,20 +74,28 @@ def jacobian(
 
 
 def _dense(tape: Tape, rows: range, into: list[Tensor], width: int | None) -> list[Tensor]:
-    bounds = [0.0] * len(into)
-    for span in spans(rows, width):
+    done = begun(into)
+    # Of what an earlier attempt has left no bound is known.
+    bounds = [math.nan if done else 0.0] * len(into)
+    for span in spans(rows[done:], width):
         place = slice(span.start - rows.start, span.stop - rows.start)
-        pulled = pull_rows(tape, span)
-        for i, (target, grad, terms) in enumerate(zip(into, pulled.grads, pulled.terms, strict=True)):
-            if grad is None:
-                write_terms(terms, target[:, place])
-                bounds[i] += sum(term.bound() for term in terms)
-            else:
-                target[:, place] = grad.transpose(0, 1)
-                bounds[i] = math.nan
+        _write(tape, span, [target[:, place] for target in into], bounds)
+        reach(into, place.stop)
     for i, bound in enumerate(bounds):
         note_bound(into, i, bound)
     return into
+
+
+def _write(tape: Tape, rows: range, into: list[Tensor], bounds: list[float]) -> None:
+    """Some rows; nothing of them is held when the next are made."""
+    pulled = pull_rows(tape, rows)
+    for i, (target, grad, terms) in enumerate(zip(into, pulled.grads, pulled.terms, strict=True)):
+        if grad is None:
+            write_terms(terms, target)
+            bounds[i] += sum(term.bound() for term in terms)
+        else:
+            target.copy_(grad.transpose(0, 1))
+            bounds[i] = math.nan
 
 
 def _factored(tape: Tape, rows: range, width: int | None, form: Form) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch.autograd.graph import Node
 from jacray_workers.kernels.common import gradients
 from jacray_workers.kernels.sweep import sweep
 from jacray_workers.planning.memory import out_of_memory
+from jacray_workers.trust.finite import largest
 
 # The two steps that torch.func.vmap is made of; not among torch's public names, the same since 2.0.
 functorch: Any = torch._C._functorch
@@ -96,7 +98,11 @@ def _agrees(start: Tensor, points: Sequence[Point], vs: Tensor, found: Sequence[
 
 def combination(k: Tensor, t: Tensor) -> Tensor:
     """The sum of `k_i t_i` over the first axis."""
-    found: Tensor = torch.tensordot(k.to(t.dtype), t, dims=1)
+    k, by_sample = k.to(t.dtype), t.transpose(0, 1) if t.dim() > 1 else t
+    if not t.is_contiguous() and by_sample.is_contiguous():
+        # In the order in which it lies in memory: no copy of it is made.
+        return (k @ by_sample.flatten(2)).unflatten(1, by_sample.shape[2:]) if t.dim() > 2 else by_sample @ k
+    found: Tensor = torch.tensordot(k, t, dims=1)
     return found
 
 
@@ -105,10 +111,12 @@ def near(a: Tensor, b: Tensor, parts: Tensor) -> bool:
     tolerance = {torch.float64: 1e-8, torch.complex128: 1e-8, torch.float32: 1e-3, torch.complex64: 1e-3}
     if a.numel() == 0:
         return True
-    size = torch.nan_to_num(parts.abs(), nan=0.0, posinf=0.0).amax() * parts.shape[0] ** 0.5
-    return torch.allclose(
-        a, b, rtol=tolerance.get(a.dtype, 0.1), atol=float(size) * tolerance.get(a.dtype, 0.1), equal_nan=True
-    )
+    size = largest(parts)
+    if not math.isfinite(size):
+        # One cotangent's after the other: what is made here of all of them may not fit beside them.
+        size = max(float(torch.nan_to_num(part.abs(), nan=0.0, posinf=0.0).amax()) for part in parts)
+    rtol = tolerance.get(a.dtype, 0.1)
+    return torch.allclose(a, b, rtol=rtol, atol=size * parts.shape[0] ** 0.5 * rtol, equal_nan=True)
 
 
 def _sweep(start: Tensor, points: Sequence[Point], vs: Tensor) -> list[Tensor] | None:

@@ -17,10 +17,12 @@ from torch.func import vmap
 
 from jacray_workers.kernels.common import (
     basis,
+    begun,
     blocks_for,
     leaf_dims,
     math_attention,
     per_sample,
+    reach,
     sample_function,
     spans,
     whole,
@@ -52,21 +54,39 @@ def jacobian(
         into: buffers to write to.
         width: cotangents in flight at a time per sample.
     """
-    rows = range(problem.rows) if rows is None else rows
+    rows, done = range(problem.rows) if rows is None else rows, begun(into)
     if not rows:
         return blocks_for(problem, batch[0].shape[0], 0, into)
+    values = tuple(problem.values(batch))
+    if into is None and (width or len(rows)) >= len(rows):
+        return _band(problem, values, batch, rows)
+    blocks = blocks_for(problem, batch[0].shape[0], len(rows), into)
+    # One pass forward per band costs little beside its rows, and no band is held beside the next.
+    for span in spans(rows[done:], width):
+        place = slice(span.start - rows.start, span.stop - rows.start)
+        deliver(_band(problem, values, batch, span), [block[:, place] for block in blocks])
+        reach(into, place.stop)
+    return blocks
+
+
+def deliver(blocks: list[Tensor], into: list[Tensor]) -> None:
+    """Copy blocks to where they belong, and let go of each."""
+    for target in into:
+        target.copy_(blocks.pop(0))
+
+
+def _band(problem: Problem, values: tuple[Tensor, ...], batch: Sequence[Tensor], rows: range) -> list[Tensor]:
     if problem.compared:
-        return deliver(_unmapped(problem, batch, lambda v, b: _pull_rows(problem, v, b, rows, width)), into)
-    values = problem.values(batch)
+        return _unmapped(problem, batch, lambda v, b: _pull_rows(problem, v, b, rows))
 
     def one(sample_values: tuple[Tensor, ...], sample: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         y, pull = func_vjp(sample_function(problem, sample), *sample_values)[:2]
-        parts = [vmap(pull, randomness="same")(basis(span, problem.rows, y)) for span in spans(rows, width)]
-        return tuple(torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True))
+        found: tuple[Tensor, ...] = vmap(pull, randomness="same")(basis(rows, problem.rows, y))
+        return found
 
     mapped = vmap(one, in_dims=(leaf_dims(problem), (0,) * len(batch)), randomness="same")
     with math_attention():
-        return deliver(list(mapped(tuple(values), tuple(batch))), into)
+        return list(mapped(values, tuple(batch)))
 
 
 def _unmapped(
@@ -81,25 +101,12 @@ def _unmapped(
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def _pull_rows(
-    problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor], rows: range, width: int | None
-) -> list[Tensor]:
+def _pull_rows(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor], rows: range) -> list[Tensor]:
     """The blocks `(B, len(rows), *leaf)`; `(1, len(rows), *param)`, of the one sample."""
     y, pull = func_vjp(lambda *leaves: problem.forward(leaves, batch), *values)[:2]
-    bands = (basis(span, problem.rows, y)[:, None].expand(-1, len(y), -1) for span in spans(rows, width))
-    parts = [vmap(pull, randomness="same")(band) for band in bands]
-    found = [torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True)]
+    found = vmap(pull, randomness="same")(basis(rows, problem.rows, y)[:, None].expand(-1, len(y), -1))
     pairs = zip(found, problem.leaves, strict=True)
     return [grad.transpose(0, 1) if per_sample(leaf) else grad[None] for grad, leaf in pairs]
-
-
-def deliver(blocks: list[Tensor], into: list[Tensor] | None) -> list[Tensor]:
-    """The blocks, copied to the caller's buffers where there are some."""
-    if into is None:
-        return blocks
-    for target, block in zip(into, blocks, strict=True):
-        target.copy_(block)
-    return into
 
 
 def vjp(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sample_params: bool = True) -> list[Tensor]:

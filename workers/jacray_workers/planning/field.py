@@ -188,8 +188,11 @@ def _line(case: Case, kernel: Any, batch: list[Tensor]) -> tuple[memory.Line, fl
 
     The last is 0 where the runs were too short to tell.
     """
+    single = [leaf[:1] for leaf in batch]
+    # Once before: what a first run finds out about a shape of batch takes memory of its own, more than one sample does.
+    runner(case, kernel, single)()
     began = time.perf_counter()
-    peaks = [(1, _peak(case, kernel, [leaf[:1] for leaf in batch]))]
+    peaks = [(1, _peak(case, kernel, single))]
     middle = time.perf_counter()
     size = batch[0].shape[0]
     if size == 1:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import gc
 import math
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,14 +18,19 @@ import psutil
 import torch
 from torch import Tensor
 
+from jacray_workers import pages
 from jacray_workers.planning.watching import Watcher
 
 # What is left to the system, to fragmentation and to kernels' own workspaces when no budget is given.
 SAFE_SHARE = 0.5
 # The fit sees tensors, not the workspaces inside kernels or the allocator's slack.
 SLACK = 1.25
+# Plans below this share of the budget are taken at their word; what few samples promise has been wrong by ten times.
+NEAR = 1 / 16
 # Kernels that copy what they take and what they make into a layout of their own.
 _COPYING = frozenset((torch.ops.aten.convolution, torch.ops.aten.convolution_backward))
+# What torch and the libraries below it say when memory runs out, where they have no class of their own for it.
+_WORDS = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "Cannot allocate memory", "std::bad_alloc")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -125,8 +133,10 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or in main memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _WORDS)
+    # An error that was raised with another as its cause says what that one said.
+    return error.__cause__ is not None and out_of_memory(error.__cause__)
 
 
 def release(device: torch.device) -> None:
@@ -134,3 +144,50 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    else:
+        trim()
+
+
+def resident() -> int:
+    """Bytes of main memory that this process holds now."""
+    return int(_process(os.getpid()).memory_info().rss)
+
+
+def trim() -> None:
+    """Give memory back to the system that the C library and idle buffers hold for later.
+
+    The C library keeps up to tens of megabytes of what was freed, and more between what is still in use: nothing beside
+    gigabytes, and a good part of a small budget.
+    """
+    pages.release()
+    give_back = _malloc_trim()
+    if give_back is not None:
+        give_back(0)
+
+
+class Keeper:
+    """Between the chunks of a job that comes near its budget, gives back what is held for later beyond half of it."""
+
+    def __init__(self, peak: int, budget: int, device: torch.device) -> None:
+        near = device.type == "cpu" and peak > budget * NEAR
+        self._most = resident() + budget // 2 if near else 0
+
+    def look(self) -> None:
+        """Look, and give back where it is much."""
+        if self._most and resident() > self._most:
+            trim()
+
+
+@functools.cache
+def _process(pid: int) -> psutil.Process:
+    return psutil.Process(pid)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], Any] | None:
+    """The function of glibc; other C libraries have none."""
+    try:
+        found: Callable[[int], Any] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+    return found

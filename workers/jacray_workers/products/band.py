@@ -214,9 +214,8 @@ class Band:
             self._view(here, b).copy_(found)
             if self._inside(b) and a != b:
                 self._view(b, here).copy_(found.permute(1, 0, 3, 2))
-        if a == b:
-            square = self._view(a, a)
-            square.copy_((square + square.permute(1, 0, 3, 2)) / 2)
+        for piece in pieces(a.stop - a.start, each, self.piece) if a == b else ():
+            _even_out(self._view(a, a), piece)
 
     def _put_trace(self, a: Unit, b: Unit, found: Tensor) -> None:
         found = (found + found.T) / 2 if a == b else found
@@ -237,3 +236,11 @@ class Band:
 
     def _inside(self, unit: Unit) -> bool:
         return self.shard.start <= unit.start < self.shard.stop
+
+
+def _even_out(square: Tensor, piece: slice) -> None:
+    """Make some samples' rows and columns of `(n, n, rows, rows)` the mean of both: symmetric to the bit."""
+    here, there = square[piece, piece.start :], square[piece.start :, piece]
+    mean = (here + there.permute(1, 0, 3, 2)).div_(2)
+    here.copy_(mean)
+    there.copy_(mean.permute(1, 0, 3, 2))

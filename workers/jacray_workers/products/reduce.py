@@ -21,6 +21,7 @@ from jacray_workers.trust.alike import alike
 
 if TYPE_CHECKING:
     from jacray_workers.engine import Prepared
+    from jacray_workers.progress import Chunk
 
 # Methods that write into the memory they are given as they go.
 WRITES = ("layerwise", "backward_loop", "forward")
@@ -59,25 +60,25 @@ class Reducer:
         self.kernel: Any = pick(self.plan.method)
         self.piece = needs.piece(self.plan.budget_bytes)
         self.scratch: dict[str, list[Tensor]] = {}
+        # Rows in flight; fewer than planned once one sample alone has run out of memory.
+        self.rows = self.plan.row_chunk
         self.by_blocks, self.by_passes = split(prepared)
         curved = {"ggn", "fisher"}.intersection(self.by_blocks + self.by_passes)
         self.wants_outputs = self.request.loss != "mse" and bool(curved)
         self.ntk = self._band(shard, pause) if "ntk" in self.by_blocks else None
 
-    def add(
-        self, start: int, stop: int, batch: Sequence[Tensor], y: Tensor | None, blocks: list[Tensor] | None
-    ) -> None:
+    def add(self, chunk: Chunk, batch: Sequence[Tensor], y: Tensor | None, blocks: list[Tensor] | None) -> None:
         """Make everything of one chunk.
 
         Args:
-            start: its first sample.
-            stop: behind its last.
+            chunk: which samples, and how many rows at a time.
             batch: its placed inputs.
             y: its outputs `(b, rows)`, where `wants_outputs`.
             blocks: its Jacobian `(b, rows, *leaf)` by leaf, where the result keeps that; else what is needed of it
                 is computed here, some rows at a time where all are too many.
         """
-        p = None
+        p, start, stop = None, chunk.start, chunk.stop
+        self.rows = chunk.rows
         if self.wants_outputs and y is not None:
             p = curvature.probabilities(self.problem, y, self.request.loss)
         found: dict[str, parts.Found] = {}
@@ -88,6 +89,10 @@ class Reducer:
         for name, values in found.items():
             for (out, leaf), value in values.items():
                 self.buffers.put(name, out, leaf, start, stop, value if self._many(name) else value[0])
+
+    def forget(self) -> None:
+        """Memory ran out: give back what is kept to be used again."""
+        self.scratch.clear()
 
     def finish(self) -> None:
         """What can only be made when all chunks are there."""
@@ -138,6 +143,7 @@ class Reducer:
             for rows, some in self._banded(batch, bands):
                 for part in looking:
                     part.look(rows, some)
+                del some
         for rows, some in self._banded(batch, bands) if blocks is None else ((bands[0], blocks),):
             for part in looking if len(bands) == 1 else ():
                 part.look(rows, some)
@@ -145,6 +151,8 @@ class Reducer:
                 part.take(rows, some)
             if self.ntk is not None:
                 self.ntk.add(Unit(start, stop, rows), some)
+            # Or it would be held while the next rows are made.
+            del some
         return {name: part.found() for name, part in made.items()}
 
     def _part(self, name: str, p: Tensor | None, start: int, stop: int) -> parts.Part:
@@ -168,7 +176,7 @@ class Reducer:
         """The ranges of rows that blocks come in."""
         rows = range(self.problem.rows)
         whole = self.plan.method in ("forward", "chain") or not needs.separable(self.problem, self.request)
-        return [rows] if whole or not rows else list(spans(rows, self.plan.row_chunk))
+        return [rows] if whole or not rows else list(spans(rows, self.rows))
 
     def _banded(self, batch: Sequence[Tensor], bands: Sequence[range]) -> Iterator[tuple[range, list[Tensor]]]:
         """Blocks of a chunk, band by band, in memory that the next band uses again."""
@@ -180,8 +188,8 @@ class Reducer:
         problem, plan, kernel = self.problem, self.plan, self.kernel
         if plan.form != "dense":
             return list(kernel.jacobian(problem, batch, rows, form=plan.form))
-        if plan.row_chunk < len(rows) and getattr(kernel, "CHUNKS_ITSELF", False):
-            return list(kernel.jacobian(problem, batch, rows, into, plan.row_chunk))
+        if self.rows < len(rows) and getattr(kernel, "CHUNKS_ITSELF", False):
+            return list(kernel.jacobian(problem, batch, rows, into, self.rows))
         return list(kernel.jacobian(problem, batch, rows, into))
 
     def _memory(self, name: str, batch: Sequence[Tensor], rows: range) -> list[Tensor] | None:
