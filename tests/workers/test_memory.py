@@ -200,7 +200,7 @@ WORKS = [
     ("auto", "singular_values", 200),
     ("auto", "top_singular_values", 100),
     ("auto", "mean_jacobian", 200),
-    ("auto", "mean_params", 100),
+    ("auto", "mean_params", 250),
     ("auto", "logabsdet", 200),
     ("auto", "weighted", 200),
     ("reverse", "weighted_each", 150),
