@@ -62,6 +62,11 @@ class Server:
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
 
+    @property
+    def spool(self) -> Path:
+        """The folder of what lives a moment."""
+        return Path((self.state / "spool").read_text(encoding="utf-8"))
+
     def said(self) -> str:
         return self.state.with_suffix(".log").read_text()
 

@@ -31,6 +31,7 @@ State = Literal["queued", "running", "done", "failed", "cancelled"]
 FINAL = ("done", "failed", "cancelled")
 KEPT_EVENTS = 1000
 ATTEMPTS = 3
+GRACE = 15.0
 COUNTS = ("samples", "samples_done", "shards", "shards_done", "retries")
 
 
@@ -140,9 +141,15 @@ class Jobs:
             record.state = "queued"
             self._enqueue(record)
 
+    def begin_stop(self) -> None:
+        """Start no more jobs, and let go who waits for news of one: what is not done is taken up by the next start."""
+        self._stopping = True
+        for record in self.records.values():
+            record.wake()
+
     async def stop(self, seconds: float) -> None:
         """Let running jobs finish for a while; what does not is taken up by the next start."""
-        self._stopping = True
+        self.begin_stop()
         until = asyncio.get_running_loop().time() + seconds
         while self._running and asyncio.get_running_loop().time() < until:
             with contextlib.suppress(TimeoutError):
@@ -284,7 +291,7 @@ class Jobs:
                 delay = min(delay * 2, 30.0)
             finally:
                 self._process = None
-                await process.stop()
+                await process.stop(GRACE)  # by itself, so that it ends its Ray in order
 
     def _lost(self) -> None:
         """Queue again what ran in a process that is gone; what was lost too often fails."""

@@ -193,6 +193,19 @@ class _Sender:
             raise ConnectionError("the client does not take its answer") from None
 
 
+class _Server(uvicorn.Server):
+    """Tells the service that it stops before it waits for the connections that are open."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Stop in order."""
+        self._service.begin_stop()
+        await super().shutdown(sockets)
+
+
 def make_server(settings: Settings, tokens: Tokens) -> uvicorn.Server:
     """The server, not started yet; `run(sockets=[...])` serves on sockets that are bound already."""
     service = Service(settings)
@@ -205,4 +218,4 @@ def make_server(settings: Settings, tokens: Tokens) -> uvicorn.Server:
         proxy_headers=False, timeout_keep_alive=int(settings.limits.idle_seconds),
         timeout_graceful_shutdown=int(settings.limits.stop_seconds) + 1, **tls,
     )  # fmt: skip
-    return uvicorn.Server(config)
+    return _Server(config, service)

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import logging
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from jacray_workers.errors import InputError
 
-from jacray.http import wire
+from jacray.http import spool, wire
 from jacray.http.batching import Ask, Rules, Small
 from jacray.http.calls import Answer, Body, Call, failed, file_pieces, receive, said
 from jacray.http.database import Database
@@ -25,6 +24,7 @@ from jacray.http.pool import Process
 from jacray.http.settings import Settings
 from jacray.http.shapes import kind_of
 from jacray.http.uploads import Uploads
+from jacray.http.work import read_fields
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,10 @@ class Service:
         for name in ("incoming", "empty"):
             (state / name).mkdir(parents=True, exist_ok=True)
         self.incoming, self.empty = state / "incoming", state / "empty"
+        self._alone = spool.lock(state)
         for left in self.incoming.iterdir():  # of uploads that a killed server never finished
             left.unlink(missing_ok=True)
-        self.spool = Path(tempfile.mkdtemp(prefix="jacray-", dir=_quick_folder(state)))
+        self.spool = spool.make(state)
         self.database = Database(state / "service.sqlite")
         self.uploads = Uploads(state / "uploads", self.database, self.limits.stored_bytes)
         rules = Rules(
@@ -64,9 +65,14 @@ class Service:
         self.small.start()
         await self.jobs.start()
 
+    def begin_stop(self) -> None:
+        """Take no more work. Streams of events end, so that they hold nobody up."""
+        self.stopping = True
+        self.jobs.begin_stop()
+
     async def stop(self) -> None:
         """Let what is being computed finish for a while, then end everything."""
-        self.stopping = True
+        self.begin_stop()
         until = time.monotonic() + self.limits.stop_seconds
         while (self.small.busy or self.small.waiting) and time.monotonic() < until:  # noqa: ASYNC110 - rare
             await asyncio.sleep(0.05)
@@ -74,6 +80,7 @@ class Service:
         await self.jobs.stop(max(until - time.monotonic(), 0.0))
         self.database.close()
         shutil.rmtree(self.spool, ignore_errors=True)
+        self._alone.close()
 
     @property
     def ready(self) -> bool:
@@ -144,6 +151,7 @@ class Service:
     async def job_item(self, call: Call, body: Body) -> tuple[dict[str, Any], str]:
         """What the process that runs jobs is told of a job, and its model's digest."""
         about, header = await self._about(body)
+        read_fields(about.get("request") or {})  # a misspelt name is told at once, however many jobs wait
         item = self._item(call.user, about)
         if header is not None:
             item["file"] = ""  # filled in once the body has come to its place
@@ -212,14 +220,3 @@ def check_about(about: Any) -> Mapping[str, Any]:
     if set(about.get("options", {})) - {"batch"} or not isinstance(batch, bool):
         raise InputError("options", "may hold batch: true or false", about["options"])
     return about
-
-
-def _quick_folder(state: Path) -> Path:
-    """Memory where there is some to spare, for what lives a moment; else the state's own disk."""
-    quick = Path("/dev/shm")  # noqa: S108 - a folder with a random name and mode 0700 is made in it
-    try:
-        if shutil.disk_usage(quick).free > 4 << 30:
-            return quick
-    except OSError:
-        pass
-    return state

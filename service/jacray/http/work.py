@@ -58,7 +58,7 @@ def read_asked(item: Mapping[str, Any], data: Any) -> Asked:
     about = item["about"]
     header = wire.read_header(data, tensors_only=True) if data is not None else None
     known = tensors(header, data) if header is not None else {}
-    fields, key = _fields(wire.dump(without_directions(about.get("request", {}))))
+    fields, key = read_fields(about.get("request", {}))
     inputs, loaded = (
         (read_stored(Path(item["inputs_file"])), None)
         if "inputs_file" in item
@@ -76,6 +76,15 @@ def read_asked(item: Mapping[str, Any], data: Any) -> Asked:
 def without_directions(request: Mapping[str, Any]) -> dict[str, Any]:
     """A request's fields but for the numbers that go with each sample."""
     return {name: value for name, value in request.items() if name not in DIRECTIONS}
+
+
+def read_fields(request: Mapping[str, Any]) -> tuple[Request, str]:
+    """A request without its directions, and what tells it from others.
+
+    Raises:
+        RequestError: a field breaks a rule.
+    """
+    return _fields(wire.dump(without_directions(request)))
 
 
 @functools.lru_cache(maxsize=1024)

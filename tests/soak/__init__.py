@@ -1,0 +1,1 @@
+"""The service under mixed work for a long time: no error, flat memory, nothing left behind."""
