@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ class Server:
     state: Path
     arguments: tuple[str, ...] = ()
     tokens: str = TOKENS
+    authority: Path | None = None
     url: str = ""
     process: subprocess.Popen[str] | None = field(default=None, repr=False)
 
@@ -86,7 +88,7 @@ class Server:
         self, method: str, path: str, body: Any = None, *, token: str = ALICE, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], Any]:
         """One request by hand: status, headers, and the body read as JSON where it is."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = self.connection()
         sent = {"Authorization": f"Bearer {token}"} if token else {}
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         if data is not None and not isinstance(body, bytes):
@@ -101,13 +103,19 @@ class Server:
         is_json = "json" in told.get("content-type", "")
         return response.status, told, json.loads(text) if is_json and text else text
 
+    def connection(self) -> http.client.HTTPConnection:
+        if self.authority is None:
+            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        trust = ssl.create_default_context(cafile=str(self.authority))
+        return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=trust)
+
     def socket(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
 
 @contextlib.contextmanager
-def serving(state: Path, *arguments: str, tokens: str = TOKENS) -> Iterator[Server]:
-    server = Server(state, arguments, tokens).start()
+def serving(state: Path, *arguments: str, tokens: str = TOKENS, authority: Path | None = None) -> Iterator[Server]:
+    server = Server(state, arguments, tokens, authority).start()
     try:
         yield server
     finally:

@@ -18,7 +18,7 @@ from tests.soak.watch import Process, Watch
 
 USERS = 4
 KEPT = 50
-TOLD = 20
+TOLD = 40
 
 
 @dataclass

@@ -120,7 +120,7 @@ def serve(debug: bool, **given: object) -> None:  # noqa: ARG001 - `guarded` loo
 
 _URL = click.option(
     "--url", default="http://127.0.0.1:8765", envvar="JACRAY_URL", show_default=True,
-    help="The service; JACRAY_URL says it too, and JACRAY_TOKEN holds the token.",
+    help="The service; JACRAY_URL says it too, JACRAY_TOKEN holds the token, JACRAY_CA names its certificate.",
 )  # fmt: skip
 
 

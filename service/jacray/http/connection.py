@@ -11,6 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
@@ -20,9 +21,11 @@ from jacray.http import wire
 from jacray.http.problems import error_of
 
 Parts = Sequence[bytes | memoryview]
+Verify = bool | str | os.PathLike[str] | None
 _DROPPED = (ConnectionError, http.client.HTTPException, TimeoutError, ssl.SSLError, OSError)
 _AGAIN = (502, 503, 504)
 TOKEN = "JACRAY_TOKEN"  # noqa: S105 - the name of a variable
+AUTHORITY = "JACRAY_CA"
 
 
 class Connections:
@@ -36,16 +39,21 @@ class Connections:
         token: sent with every request; JACRAY_TOKEN by default.
         timeout: how many seconds a connection may stand still.
         retries: how often a request that was dropped is sent again.
+        verify: whom to trust over https: True the system's authorities, a path those in that file or folder, False
+            anybody. By default what JACRAY_CA names, else the system's.
 
     Raises:
-        RequestError: the URL is none.
+        RequestError: the URL is none, or no authorities can be read there.
     """
 
-    def __init__(self, url: str, token: str | None = None, timeout: float = 300.0, retries: int = 5) -> None:
+    def __init__(
+        self, url: str, token: str | None = None, timeout: float = 300.0, retries: int = 5, verify: Verify = None
+    ) -> None:
         parts = _split(url)
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
         self._host, self._port, self._tls = parts.hostname or "", parts.port, parts.scheme == "https"
         self._path = parts.path.rstrip("/")
+        self._trust = _trust(verify) if self._tls else None
         found = token or os.environ.get(TOKEN)
         self._headers = {"Authorization": f"Bearer {found}"} if found else {}
         self._lock, self._idle, self._closed = threading.Lock(), list[http.client.HTTPConnection](), False
@@ -140,6 +148,8 @@ class Connections:
         except _DROPPED as error:
             if isinstance(error, FaultError | JobError):
                 raise
+            if isinstance(error, ssl.SSLError) and (hopeless := _distrusted(error, self.url)) is not None:
+                raise hopeless from error
             text = str(error) or type(error).__name__
             lost = FaultError(f"no answer from {self.url}: {text}; is `jacray serve` running there?")
             raise _Again(lost) from error
@@ -196,8 +206,9 @@ class Connections:
                 if not _gone(connection):
                     return connection
                 connection.close()
-        kind = http.client.HTTPSConnection if self._tls else http.client.HTTPConnection
-        return kind(self._host, self._port, timeout=self.timeout)
+        if self._trust is None:
+            return http.client.HTTPConnection(self._host, self._port, timeout=self.timeout)
+        return http.client.HTTPSConnection(self._host, self._port, timeout=self.timeout, context=self._trust)
 
     def _give_back(self, connection: http.client.HTTPConnection, *, keep: bool) -> None:
         with self._lock:
@@ -221,6 +232,35 @@ def _split(url: str) -> SplitResult:
     except ValueError:  # a port that is no number or too large, or brackets that do not close
         pass
     raise RequestError("address", "must be http://HOST:PORT or https://HOST:PORT", url)
+
+
+def _trust(verify: Verify) -> ssl.SSLContext:
+    """Whose certificates are believed."""
+    given = (os.environ.get(AUTHORITY) or True) if verify is None else verify
+    if isinstance(given, bool):
+        context = ssl.create_default_context()
+        if not given:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context
+    path = Path(given).expanduser()
+    try:
+        if path.is_dir():
+            return ssl.create_default_context(capath=str(path))
+        return ssl.create_default_context(cafile=str(path))
+    except OSError as error:
+        rule = f"must be True, False, or a file or folder of certificates in PEM: {error.strerror or error}"
+        raise RequestError("verify", rule, Plain(str(path))) from None
+
+
+def _distrusted(error: ssl.SSLError, url: str) -> RequestError | None:
+    """What to say where trying again is no use."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        rule = f"must show a certificate that is trusted here, but: {error.verify_message}"
+        way_out = f"give verify=PATH of its authority's certificate, or name it in {AUTHORITY}"
+        return RequestError("address", rule, url, way_out)
+    if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+        return RequestError("address", "must be http://, since what answers there speaks no TLS", url)
+    return None
 
 
 def _gone(connection: http.client.HTTPConnection) -> bool:

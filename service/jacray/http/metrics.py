@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ class Metrics:
         self._depth = self._gauge("queue_depth", "work that waits", "queue")
         self._ready = self._gauge("processes_ready", "compute processes that take work")
         self._busy = self._gauge("processes_busy", "compute processes that work")
+        self._of = functools.lru_cache(maxsize=4096)(lambda counted, *labels: counted.labels(*labels))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"jacray_{name}", text, labels, registry=self._all)
@@ -45,14 +47,14 @@ class Metrics:
 
     def answered(self, operation: str, status: int, size: int) -> None:
         """An answer was sent."""
-        self._requests.labels(operation, str(status)).inc()
-        self._bytes.labels("out").inc(size)
+        self._of(self._requests, operation, str(status)).inc()
+        self._of(self._bytes, "out").inc(size)
 
     def served(self, station: str, seconds: float, size: int = 0) -> None:
         """A station took so long."""
-        self._seconds.labels(station).observe(seconds)
+        self._of(self._seconds, station).observe(seconds)
         if size:
-            self._bytes.labels("in").inc(size)
+            self._of(self._bytes, "in").inc(size)
 
     def batch(self, size: int, waited: float, facts: Mapping[str, Any]) -> None:
         """A batch of small work was computed."""

@@ -5,7 +5,6 @@ A spec that stays on the user's machine may read any file of his. One that was s
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from typing import Any
 
 from jacray_workers.errors import InputError, ModelError, Plain, UserError
 from jacray_workers.validation import nearest
-
-from jacray.http.wire import dump
 
 DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
 Find = Callable[[str, str], Path]
@@ -39,8 +36,8 @@ class Policy:
     data: Path | None = None
     import_prefixes: tuple[str, ...] = ()
 
-    def model(self, found: Any) -> tuple[dict[str, Any], str]:
-        """A model spec with its paths filled in, and a key that tells models apart by their content.
+    def model(self, found: Any) -> dict[str, Any]:
+        """A model spec with its paths filled in.
 
         Raises:
             ModelError: it names what it may not.
@@ -48,9 +45,8 @@ class Policy:
         if not isinstance(found, Mapping):
             rule = 'must be a model spec, or {"digest": "sha256:..."} of an uploaded one'
             raise ModelError("model", rule, found, "the client exports an nn.Module by itself")
-        key = hashlib.sha256(dump(found).encode()).hexdigest()
         if set(found) == {"digest"}:
-            return self._uploaded(found["digest"]), key
+            return self._uploaded(found["digest"])
         kind = found.get("kind")
         if kind not in MODELS:
             allowed = f"must be one of {', '.join(MODELS)} over HTTP"
@@ -61,7 +57,7 @@ class Policy:
         for name in ("weights", "path"):
             if spec.get(name) is not None and not (kind == "import" and name == "path"):
                 spec[name] = self._file(spec[name], f"model.{name}", ModelError)
-        return spec, key
+        return spec
 
     def inputs(self, found: Any) -> tuple[Any, str | None]:
         """Inputs with their paths filled in, and the file of uploaded ones.

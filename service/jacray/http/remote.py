@@ -18,7 +18,7 @@ from jacray.client import Client
 from jacray.failures import OnError
 from jacray.fields import AllFields
 from jacray.http import wire
-from jacray.http.connection import Connections
+from jacray.http.connection import Connections, Verify
 from jacray.http.messages import result_of
 from jacray.http.outgoing import message_of
 from jacray.http.remote_job import RemoteJob
@@ -38,11 +38,21 @@ class RemoteClient(Client):
         token: what lets one in; JACRAY_TOKEN by default.
         timeout: how many seconds a connection may stand still.
         retries: how often a request that was dropped is sent again.
+        verify: whom to trust over https: True the system's authorities, a path those in that file or folder, False
+            anybody. By default what JACRAY_CA names, else the system's.
     """
 
-    def __init__(self, address: str, *, token: str | None = None, timeout: float = 300.0, retries: int = 5) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        timeout: float = 300.0,
+        retries: int = 5,
+        verify: Verify = None,
+    ) -> None:
         self._address = address
-        self.connections = Connections(address, token, timeout, retries)
+        self.connections = Connections(address, token, timeout, retries, verify)
         self._open = True
         self._sent = set[str]()
         self._lock = threading.Lock()

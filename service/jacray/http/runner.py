@@ -52,6 +52,8 @@ class Runner:
         )
         self.client.__enter__()
         self._lock = threading.Lock()
+        # Trials of methods are timed: those of another job at the same time would spoil them.
+        self._planning = threading.Lock()
         self._jobs: dict[str, Job | None] = {}
         self._ended: set[str] = set()
 
@@ -98,9 +100,10 @@ class Runner:
         folder = JobFolder(Path(head["folder"]))
 
         def submit() -> Job:
-            return self.client.submit(
-                model, asked.inputs, request=_explicit(request), to=folder.path.absolute(), user=head["user"]
-            )
+            with self._planning:
+                return self.client.submit(
+                    model, asked.inputs, request=_explicit(request), to=folder.path.absolute(), user=head["user"]
+                )
 
         try:
             job = submit()  # goes on from the shards that an attempt before this one has finished
@@ -154,6 +157,9 @@ def main(arguments: Sequence[str]) -> int:
     sock_fd, life_fd = map(int, arguments)
     channel.hold_on(life_fd)
     logging.basicConfig(level=os.environ.get("JACRAY_LOG", "WARNING"), format="%(levelname)s %(name)s %(message)s")
+    # A Ray of its own would keep a record of every task for its dashboard, which nobody opens: memory that only grows.
+    os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+    os.nice(10)  # and the Ray that it starts: the process that listens must answer while every worker is busy
     sock = socket.socket(fileno=sock_fd)
     lock = threading.Lock()
 

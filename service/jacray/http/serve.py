@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import socket
+import ssl
 from collections.abc import Callable
 
 from jacray_workers.errors import Plain, RequestError
@@ -25,6 +28,8 @@ def serve(settings: Settings, say: Callable[[str], None]) -> None:
     """
     tokens = read_tokens(settings.tokens)
     check_exposure(settings, len(tokens))
+    check_certificate(settings)
+    _allow_files(settings)
     sock = _listen(settings)
     from jacray.http.server import make_server
 
@@ -50,3 +55,31 @@ def _listen(settings: Settings) -> socket.socket:
         address = Plain(f"{settings.host}:{settings.port}")
         raise RequestError("port", f"must be free to listen on: {error.strerror}", address, "choose another") from None
     return sock
+
+
+def check_certificate(settings: Settings) -> None:
+    """See whether the certificate and its key can be used, before the web server finds out with a traceback.
+
+    Raises:
+        RequestError: they cannot.
+    """
+    if settings.tls_cert is None or settings.tls_key is None:
+        return
+    for name, path in (("tls_cert", settings.tls_cert), ("tls_key", settings.tls_key)):
+        if not os.access(path, os.R_OK):
+            raise RequestError(name, "must be a file that can be read", Plain(str(path)))
+    try:
+        # A key with a password would be asked for on the terminal, which a service has none of.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, lambda: "")
+    except (OSError, ValueError) as error:
+        rule = f"must be a certificate and its key in PEM, without a password: {error}"
+        raise RequestError("tls_cert", rule, Plain(str(settings.tls_cert))) from None
+
+
+def _allow_files(settings: Settings) -> None:
+    """Let as many files be open as there may be connections, where the system allows it."""
+    wanted = settings.limits.connections + 1024
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -37,14 +38,14 @@ PAGE = Path(__file__).parent / "page"
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
-def application(service: Service, tokens: Tokens) -> Starlette:
+def application(service: Service, tokens: Tokens) -> Any:
     """The ASGI application."""
     by_path: dict[str, dict[str, Operation]] = {}
     for operation in OPERATIONS:
         by_path.setdefault(operation.path, {})[operation.method] = operation
+    endpoints = {path: _Endpoint(service, tokens, operations) for path, operations in by_path.items()}
     routes: list[Any] = [
-        Route(path, _Endpoint(service, tokens, operations), methods=list(operations))
-        for path, operations in by_path.items()
+        Route(path, endpoint, methods=list(endpoint.operations)) for path, endpoint in endpoints.items()
     ]
     text = wire.dump(document(jacray.__version__))
     routes.append(Route("/openapi.json", lambda _: Response(text, media_type="application/json")))
@@ -53,7 +54,16 @@ def application(service: Service, tokens: Tokens) -> Starlette:
         routes.append(Mount("/page", StaticFiles(directory=PAGE)))
     app = Starlette(routes=routes, lifespan=lambda _: _running(service), exception_handlers={HTTPException: _refused})
     app.router.redirect_slashes = False
-    return app
+
+    async def direct(scope: Any, receive: Any, send: Send) -> None:
+        """Straight to what has a path without parameters; the framework's router costs more than some answers do."""
+        found = endpoints.get(scope["path"]) if scope["type"] == "http" else None
+        if found is not None and scope["method"] in found.operations:
+            await found(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return direct
 
 
 @contextlib.asynccontextmanager
@@ -88,7 +98,11 @@ class _Endpoint:
             answer = await operation.do(self.service, self._call(operation, scope, receive))
         except Exception as error:  # noqa: BLE001 - every error has one shape
             answer = _failed(error, operation.name)
-        size = await sender.send(answer)
+        try:
+            size = await sender.send(answer)
+        except ConnectionError:  # cut off; the web server hears of it a moment later, and would take it for a fault
+            await asyncio.sleep(0.05)
+            return
         self.service.metrics.answered(operation.name, answer.status, size)
         self._log(operation, scope, answer.status, size, time.monotonic() - began)
 
@@ -121,12 +135,17 @@ class _Endpoint:
 
 def _check_site(headers: Mapping[str, str], method: str, settings: Settings) -> None:
     """Refuse what a page of another site makes a browser send: a foreign host name or a foreign origin."""
-    host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    host = _hostname(headers.get("host", ""))
     if settings.loopback and not settings.proxy and host not in (*_LOCAL, settings.host):
         raise HttpError(403, "Host", "must be a name of this machine's loopback", Plain(host))
     origin = headers.get("origin")
     if origin and method not in ("GET", "HEAD") and urlsplit(origin).hostname != host:
         raise HttpError(403, "Origin", "must be the service's own page", Plain(origin))
+
+
+@functools.lru_cache(maxsize=256)
+def _hostname(host: str) -> str:
+    return urlsplit(f"//{host}").hostname or ""
 
 
 async def _body(receive: Any) -> AsyncIterator[bytes]:
@@ -168,10 +187,11 @@ class _Sender:
             headers.append((b"content-type", answer.media.encode()))
         if size is not None and answer.status != 204:
             headers.append((b"content-length", str(size).encode()))
-        await self._patiently({"type": "http.response.start", "status": answer.status, "headers": headers})
+        start = {"type": "http.response.start", "status": answer.status, "headers": headers}
         if whole:
-            await self._patiently({"type": "http.response.body", "body": answer.body})
+            await self._patiently(start, {"type": "http.response.body", "body": answer.body})
             return size or 0
+        await self._patiently(start)
         return await self._pieces(answer.body)
 
     async def _pieces(self, pieces: Any) -> int:
@@ -183,10 +203,11 @@ class _Sender:
         await self._patiently({"type": "http.response.body", "body": b""})
         return sent
 
-    async def _patiently(self, message: Any) -> None:
+    async def _patiently(self, *messages: Any) -> None:
         try:
             async with asyncio.timeout(self._idle):
-                await self._send(message)
+                for message in messages:
+                    await self._send(message)
         except TimeoutError:
             logger.info("a client took nothing for %g s and was cut off", self._idle)
             self._scope["jacray.abort"]()
@@ -194,11 +215,19 @@ class _Sender:
 
 
 class _Server(uvicorn.Server):
-    """Tells the service that it stops before it waits for the connections that are open."""
+    """Bounds what its parent leaves open: handshakes that never end, and streams that hold up a stop."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen; who begins a handshake has as long for it as for a request's head."""
+        loop: Any = asyncio.get_running_loop()
+        if self.config.is_ssl:
+            seconds = self._service.limits.header_seconds
+            loop.create_server = functools.partial(loop.create_server, ssl_handshake_timeout=seconds)
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Stop in order."""

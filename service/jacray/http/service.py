@@ -7,7 +7,6 @@ import functools
 import logging
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,34 +123,34 @@ class Service:
             return Answer(200, file_pieces(Path(answer["file"]), size, forget=True), media, size=size)
         return Answer(200, data, media)
 
-    async def _about(self, body: Body) -> tuple[Mapping[str, Any], wire.Header | None]:
+    async def _about(self, body: Body) -> tuple[wire.About, wire.Header | None]:
         header = await body.header() if body.media == wire.MEDIA else None
         return check_about(header.about if header is not None else await body.json()), header
 
-    def _ask(self, call: Call, body: Body, about: Mapping[str, Any], header: wire.Header | None) -> Ask:
+    def _ask(self, call: Call, body: Body, about: wire.About, header: wire.Header | None) -> Ask:
         item = self._item(call.user, about)
         item["accept"], key, stored = call.accept, item["model_key"], item.get("inputs_file")
         if header is not None:
             item |= {"file": str(body.file)} if body.file is not None else {"size": body.size}
         together = body.file is None and stored is None and about.get("options", {}).get("batch", True)
-        kind, samples = kind_of(key, about, header)
+        kind, samples = kind_of(about, header)
         fits = samples <= self.limits.batch_samples // 2
         parts = body.parts if header is not None and body.file is None else []
         return Ask(call.user, kind if together and fits else None, key, samples, item, parts)
 
-    def _item(self, user: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    def _item(self, user: str, about: wire.About) -> dict[str, Any]:
         """What a process is told of a piece of work: only files that its user may name are in it."""
         policy = Policy(functools.partial(self.uploads.find, user), self.settings.data, self.settings.import_prefixes)
-        model, key = policy.model(about.get("model"))
+        model = policy.model(about.get("model"))
         inputs, stored = policy.inputs(about.get("inputs"))
-        told = {"inputs": inputs, "request": about.get("request") or {}}
-        item: dict[str, Any] = {"about": told, "model": model, "model_key": key}
+        told = {"inputs": inputs, "request": about.request}
+        item: dict[str, Any] = {"about": told, "model": model, "model_key": about.model_key}
         return item if stored is None else {**item, "inputs_file": stored}
 
     async def job_item(self, call: Call, body: Body) -> tuple[dict[str, Any], str]:
         """What the process that runs jobs is told of a job, and its model's digest."""
         about, header = await self._about(body)
-        read_fields(about.get("request") or {})  # a misspelt name is told at once, however many jobs wait
+        read_fields(about.request)  # a misspelt name is told at once, however many jobs wait
         item = self._item(call.user, about)
         if header is not None:
             item["file"] = ""  # filled in once the body has come to its place
@@ -202,7 +201,7 @@ class Service:
         return Process("jacray.http.runner", told, settings.cpus_per_worker)
 
 
-def check_about(about: Any) -> Mapping[str, Any]:
+def check_about(about: Any) -> wire.About:
     """The message besides its tensors, with its own keys checked.
 
     Raises:
@@ -219,4 +218,4 @@ def check_about(about: Any) -> Mapping[str, Any]:
     batch = about.get("options", {}).get("batch", True)
     if set(about.get("options", {})) - {"batch"} or not isinstance(batch, bool):
         raise InputError("options", "may hold batch: true or false", about["options"])
-    return about
+    return about if isinstance(about, wire.About) else wire.About(about)

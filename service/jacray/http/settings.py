@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -65,7 +66,7 @@ class Settings(Spec):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     limits: Limits = Limits()
 
-    @property
+    @functools.cached_property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
         if self.host == "localhost":

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from jacray.http.wire import Header, dump
-from jacray.http.work import DIRECTIONS, without_directions
+from jacray.http.wire import About, Header
+from jacray.http.work import DIRECTIONS
 
 
-def kind_of(model_key: str, about: Mapping[str, Any], header: Header | None) -> tuple[Hashable | None, int]:
+def kind_of(about: About, header: Header | None) -> tuple[Hashable | None, int]:
     """The kind of a piece of work, or None where it goes alone, and how many samples it holds."""
-    request, inputs = about.get("request") or {}, about.get("inputs")
+    request, inputs = about.request, about.get("inputs")
     if header is not None:
         shapes = {entry.name: (entry.dtype, entry.shape) for entry in header.entries}
         if not (isinstance(inputs, Mapping) and set(inputs) == {"tensors"}):
             return None, 1
-        given: Any = (dump(inputs), dump([request.get(name) for name in DIRECTIONS]))
+        given: Any = about.places_key
         first = next((shape for name, (_, shape) in shapes.items() if name.startswith("inputs.")), ())
         samples = first[0] if first else 1
         rows: tuple[Any, ...] = tuple(
@@ -31,7 +31,7 @@ def kind_of(model_key: str, about: Mapping[str, Any], header: Header | None) -> 
         rows = ("list", shape[1:], *(_list_kind(request.get(name), samples) for name in DIRECTIONS))
     if any(row is None for row in rows) or request.get("training"):
         return None, samples
-    return (model_key, dump(without_directions(request)), given, rows), samples
+    return (about.model_key, about.request_key, given, rows), samples
 
 
 def _per_sample(name: str, shape: tuple[int, ...], samples: int) -> Any:

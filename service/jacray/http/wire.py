@@ -6,6 +6,8 @@ nothing is ever unpickled.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
 import struct
@@ -24,6 +26,8 @@ ITEM = {
 """Bytes of one number by safetensors' name of its type."""
 _KEY = "jacray"
 _MAX_AXES = 32
+_SMALL = 1 << 14
+_DIRECTIONS = ("weights", "vectors")
 
 
 class WireError(InputError):
@@ -50,6 +54,30 @@ class Entry:
     stop: int
 
 
+class About(dict[str, Any]):
+    """A message besides its tensors. Nobody changes it: requests of one kind share it, and what is told from it."""
+
+    @functools.cached_property
+    def model_key(self) -> str:
+        """What tells models apart."""
+        return hashlib.sha256(dump(self.get("model")).encode()).hexdigest()
+
+    @functools.cached_property
+    def request_key(self) -> str:
+        """What tells requests apart, the numbers that go with each sample aside."""
+        return dump({name: part for name, part in self.request.items() if name not in _DIRECTIONS})
+
+    @functools.cached_property
+    def places_key(self) -> str:
+        """Which tensors are what."""
+        return dump([self.get("inputs"), *(self.request.get(name) for name in _DIRECTIONS)])
+
+    @property
+    def request(self) -> Mapping[str, Any]:
+        """The request's fields."""
+        return self.get("request") or {}
+
+
 @dataclass(frozen=True)
 class Header:
     """What stands before the bytes.
@@ -60,7 +88,7 @@ class Header:
         size: how many bytes come before the first tensor's.
     """
 
-    about: Mapping[str, Any]
+    about: About
     entries: tuple[Entry, ...]
     size: int
 
@@ -108,12 +136,8 @@ def header_size(prefix: bytes | memoryview) -> int:
     return int(PREFIX + length)
 
 
-def read_header(data: bytes | memoryview, *, tensors_only: bool = False) -> Header:
+def read_header(data: bytes | memoryview) -> Header:
     """The header of a message, fully checked; `data` holds at least the header.
-
-    Args:
-        data: the message, or its beginning.
-        tensors_only: leave `about` empty, for who knows it already.
 
     Raises:
         WireError: it is not safetensors, or its tensors overlap, leave holes, or have another size than their shape.
@@ -121,7 +145,18 @@ def read_header(data: bytes | memoryview, *, tensors_only: bool = False) -> Head
     size = header_size(data)
     if len(data) < size:
         raise WireError("body", f"must hold its header of {size} bytes", Plain(f"{len(data)} bytes"))
-    found = load(bytes(data[PREFIX:size]), "body")
+    text = bytes(data[PREFIX:size])
+    return _read_known(text) if size < _SMALL else _read(text)
+
+
+@functools.lru_cache(maxsize=128)
+def _read_known(text: bytes) -> Header:
+    """Messages of one kind have the same header, which is most of what there is to read in a small one."""
+    return _read(text)
+
+
+def _read(text: bytes) -> Header:
+    found = load(text, "body")
     if not isinstance(found, dict):
         raise WireError("body", "must have a JSON object as its header", found)
     metadata = found.pop("__metadata__", {})
@@ -131,7 +166,7 @@ def read_header(data: bytes | memoryview, *, tensors_only: bool = False) -> Head
         if entry.start != at:
             raise WireError(f"body.{entry.name}", f"must start at byte {at}, where the one before it ends", entry.start)
         at = entry.stop
-    return Header({} if tensors_only else _about(metadata), tuple(entries), size)
+    return Header(_about(metadata), tuple(entries), PREFIX + len(text))
 
 
 def load(text: bytes | str, argument: str) -> Any:
@@ -159,15 +194,15 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _about(metadata: Any) -> Mapping[str, Any]:
+def _about(metadata: Any) -> About:
     if not isinstance(metadata, dict) or not all(isinstance(part, str) for part in metadata.values()):
         raise WireError("body.__metadata__", "must map names to texts", metadata)
     if _KEY not in metadata:
-        return {}
+        return About()
     found = load(metadata[_KEY], f"body.__metadata__.{_KEY}")
     if not isinstance(found, dict):
         raise WireError(f"body.__metadata__.{_KEY}", "must be the JSON text of an object", found)
-    return found
+    return About(found)
 
 
 def _entry(name: str, value: Any) -> Entry:

@@ -56,7 +56,7 @@ def read_asked(item: Mapping[str, Any], data: Any) -> Asked:
         UserError: something breaks a rule.
     """
     about = item["about"]
-    header = wire.read_header(data, tensors_only=True) if data is not None else None
+    header = wire.read_header(data) if data is not None else None
     known = tensors(header, data) if header is not None else {}
     fields, key = read_fields(about.get("request", {}))
     inputs, loaded = (

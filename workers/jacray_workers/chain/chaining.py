@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacray_workers.chain import bracket as brackets
 from jacray_workers.chain import probes
@@ -20,6 +19,7 @@ from jacray_workers.chain.tape import Tape, blank, same_calls
 from jacray_workers.chain.trace import Untraceable, record
 from jacray_workers.planning.memory import out_of_memory
 from jacray_workers.problem.problem import Problem
+from jacray_workers.sharing import math_attention
 
 # The least factor by which a bracketing must beat the better pure mode, and the least number of operations it must
 # save for a batch of usual size: below these the calls themselves cost what the arithmetic saves.
@@ -160,7 +160,7 @@ def _priced(
 ) -> tuple[Tape, list[Tensor], list[float]]:
     """The tape with choices of positions moved to the front, all its values, and the operations of its calls."""
     env = tape.start(values, batch)
-    with sdpa_kernel(SDPBackend.MATH):
+    with math_attention():
         costs = operations(tape, env, samples)
     moved = sink(tape, [tuple(t.shape) if isinstance(t, Tensor) else None for t in env])
     if moved.count == tape.count:
@@ -211,7 +211,7 @@ def _obstacles(run: Run, best: Bracket) -> tuple[frozenset[tuple[int, int]], tup
 def _holds(check: Callable[[Run, tuple[int, int]], tuple[float, float]], run: Run, through: tuple[int, int]) -> bool:
     """Whether a check of a segment runs, and finds no more than rounding."""
     try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        with warnings.catch_warnings(), math_attention():
             # torch warns where `vmap` has no rule for a backward and goes one vector at a time by itself.
             warnings.filterwarnings("error", message=".*performance drop.*")
             gap, size = check(run, through)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacray_workers.chain.cuts import Layout, layouts
 from jacray_workers.chain.tape import Tape
 from jacray_workers.chain.trace import Untraceable
 from jacray_workers.kernels.common import gradients
 from jacray_workers.problem.problem import Problem
+from jacray_workers.sharing import math_attention
 
 # Two computations of one number in the same order of calls, relative to the largest one.
 SAME = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -33,7 +33,7 @@ def differ(a: Tensor, b: Tensor) -> bool:
 
 def replay(tape: Tape, values: Sequence[Tensor], batch: Sequence[Tensor], keep: frozenset[int]) -> list[Tensor]:
     """The tape's values; attention by the kernel that has every derivative."""
-    with sdpa_kernel(SDPBackend.MATH):
+    with math_attention():
         return tape.run(values, batch, keep=keep)
 
 

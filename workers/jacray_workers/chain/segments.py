@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.func import jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacray_workers.chain.bracket import Bracket
 from jacray_workers.chain.cuts import Cut, Cuttings
 from jacray_workers.kernels.common import Targets, note_bound, spans, whole
 from jacray_workers.kernels.sweep import sweep
+from jacray_workers.sharing import math_attention
 from jacray_workers.trust.finite import largest
 
 # Bytes that the vectors in flight may take beside the matrices themselves.
@@ -69,7 +69,7 @@ def make(run: Run, bracket: Bracket, rows: range, into: Matrices | None = None) 
     The first axis has size 1 where all samples share the matrix. `rows` are the outputs wanted if the bracket ends
     at the last cut; `into` are matrices to write to.
     """
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), math_attention():
         return _MAKERS[bracket.kind](run, bracket, rows, into)
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from jacray_workers.errors import MethodError
-from jacray_workers.kernels.common import WHOLE, basis, begun, blocks_for, gradients, math_attention, per_sample, reach
+from jacray_workers.kernels.common import WHOLE, basis, begun, blocks_for, gradients, per_sample, reach
 from jacray_workers.problem.problem import Problem
+from jacray_workers.sharing import math_attention
 from jacray_workers.unwanted import look
 
 # Numbers in flight up to which a pass is all overhead: folding the rows into the batch then beats one pass per row.

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jacray_workers import pages
 from jacray_workers.problem.problem import Leaf, Problem
@@ -51,11 +49,6 @@ def whole(values: Sequence[Tensor]) -> list[Tensor]:
     For samples out of the middle of a large batch that would be the whole batch, for every tangent of every sample.
     """
     return [v.clone() if v.untyped_storage().nbytes() != v.nbytes else v for v in values]
-
-
-def math_attention() -> AbstractContextManager[None]:
-    """Attention by the unfused kernel: only that one has rules for vmap, for forward mode and for a second backward."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 def gradients(y: Tensor, values: Sequence[Any], cotangent: Tensor, *, keep: bool = False) -> tuple[Tensor | None, ...]:

@@ -17,7 +17,6 @@ from jacray_workers.kernels.common import (
     begun,
     blocks_for,
     leaf_dims,
-    math_attention,
     per_sample,
     reach,
     sample_function,
@@ -25,6 +24,7 @@ from jacray_workers.kernels.common import (
     whole,
 )
 from jacray_workers.problem.problem import Problem
+from jacray_workers.sharing import forward_mode, math_attention
 
 WIDTH = 256
 
@@ -89,7 +89,7 @@ def _push(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor], i
         return columns.transpose(0, 1)
 
     dims = (leaf_dims(problem), (0,) * len(batch))
-    with math_attention():
+    with forward_mode(), math_attention():
         found: Tensor = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch))
     return found
 

@@ -20,7 +20,6 @@ from jacray_workers.kernels.common import (
     begun,
     blocks_for,
     leaf_dims,
-    math_attention,
     per_sample,
     reach,
     sample_function,
@@ -28,6 +27,7 @@ from jacray_workers.kernels.common import (
     whole,
 )
 from jacray_workers.problem.problem import Problem
+from jacray_workers.sharing import forward_mode, math_attention
 
 CHUNKS_ITSELF = True
 
@@ -182,7 +182,7 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
         return pushed
 
     dims = (leaf_dims(problem), (0,) * len(batch), tuple(None if alike else 1 for alike in shared))
-    with math_attention():
+    with forward_mode(), math_attention():
         found: Tensor = vmap(one, in_dims=dims, randomness="same")(tuple(values), tuple(batch), tuple(handed))
     return found.transpose(0, 1)
 

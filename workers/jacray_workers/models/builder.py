@@ -34,6 +34,7 @@ from jacray_workers.models.specs import (
 )
 from jacray_workers.models.weights import SUFFIXES, load_weights
 from jacray_workers.planning.explain import size
+from jacray_workers.sharing import own_draws
 from jacray_workers.spec_parts import file_digest, find
 from jacray_workers.validation import explain
 
@@ -131,9 +132,10 @@ def _check_memory(spec: LayersModel) -> None:
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Draws on the CPU come from this seed inside, and the caller's random state is untouched."""
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before)
+    with own_draws():
+        before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(before)

@@ -14,6 +14,7 @@ from jacray_workers.problem.placing import place
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.session import Draws
 from jacray_workers.problem.state import Snapshot, Writes, scripted
+from jacray_workers.sharing import own_draws
 
 
 def first_run(problem: Problem, leaves: Sequence[Tensor]) -> tuple[Any, Problem, list[Tensor]]:
@@ -47,11 +48,13 @@ def _watched(problem: Problem, batch: Sequence[Tensor]) -> tuple[Any, Problem]:
     """What the model returns on its first run, and the problem with what the run showed of the model's habits."""
     own = {**dict(problem.module.named_parameters()), **dict(problem.module.named_buffers()), **problem.tensors}
     versions = {name: tensor._version for name, tensor in own.items() if not tensor.is_inference()}
-    before, draws, writes = Snapshot(problem.module, deep=True), Draws(), Writes(own)
+    before, writes = Snapshot(problem.module, deep=True), Writes(own)
     try:
-        with writes:
+        with own_draws(), writes:
+            draws = Draws()
             y, differentiates = _run(replace(problem, stateful=False), batch)
-        stateful, random = before.changed(), draws.happened()
+            random = draws.happened()
+        stateful = before.changed()
     finally:
         before.restore()
         # Some operators write without saying so; those that do so into parameters say so.

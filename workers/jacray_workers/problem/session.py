@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from jacray_workers.errors import ModelError
 from jacray_workers.problem.state import kept, modules_of
+from jacray_workers.sharing import own_draws
 
 # Not in torch's public names, and not in the stubs either.
 _fallback_warnings: Callable[[bool], None] = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
@@ -62,6 +63,7 @@ def _surroundings(tf32: bool, seed: int | None) -> contextlib.AbstractContextMan
     if torch.cuda.is_available():
         stack.enter_context(_tf32(tf32))
     if seed is not None:
+        stack.enter_context(own_draws())
         stack.enter_context(_kept_rng())
         seed_generators(seed)
     if torch.is_inference_mode_enabled():

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from jacray_workers.sharing import math_attention
 
 _ARGUMENTS = (
     "query", "key", "value", "embed_dim", "heads", "in_weight", "in_bias", "bias_k", "bias_v", "add_zero_attn",
@@ -33,7 +34,7 @@ def dot_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: 
     known = getattr(mode, "known", {})
     if any(id(t) in known for t in (*args, *kwargs.values())):
         return NotImplemented
-    with sdpa_kernel(SDPBackend.MATH):
+    with math_attention():
         return func(*args, **kwargs)
 
 

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacray_workers.errors import MethodError
 from jacray_workers.problem.problem import Problem, own_tensor
+from jacray_workers.sharing import in_forward_mode
 from jacray_workers.taps.sites import Path, Site, defeat
 
 Func = Callable[..., Any]
@@ -192,7 +193,7 @@ def outputs(func: Callable[..., Any], args: Sequence[Any], result: Any) -> list[
 def _transformed() -> bool:
     """Whether the call stands inside `torch.func`'s transforms or forward-mode differentiation of the model's own."""
     inside: bool = torch._C._functorch.peek_interpreter_stack() is not None
-    return inside or torch.autograd.forward_ad._current_level >= 0
+    return inside or in_forward_mode()
 
 
 class Watch(TorchFunctionMode):
