@@ -43,10 +43,10 @@ class AsyncClient:
         return await in_thread(lambda: self._client.submit(model, x, request=request, **fields))
 
     async def compute(
-        self, model: Any, x: Any, *, request: Request | None = None, **fields: Unpack[AllFields]
+        self, model: Any, x: Any, *, request: Request | None = None, batch: bool = True, **fields: Unpack[AllFields]
     ) -> Result:
         """Compute and wait; see `Client.compute`."""
-        return await in_thread(lambda: self._client.compute(model, x, request=request, **fields))
+        return await in_thread(lambda: self._client.compute(model, x, request=request, batch=batch, **fields))
 
     async def close(self) -> None:
         """Close the client; see `Client.close`."""

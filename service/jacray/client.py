@@ -180,8 +180,14 @@ class Client:
         check_workers(workers)
         self._executor.scale(workers)
 
-    def compute(self, model: Any, x: Any, *, request: Request | None = None, **fields: Unpack[AllFields]) -> Result:
-        """Submit a job and wait for its result; a service computes small work in one round trip."""
+    def compute(
+        self, model: Any, x: Any, *, request: Request | None = None, batch: bool = True, **fields: Unpack[AllFields]
+    ) -> Result:
+        """Submit a job and wait for its result; a service computes small work in one round trip.
+
+        `batch` is for a service: whether the work may be computed together with others' of its kind.
+        """
+        del batch
         return self.submit(model, x, request=request, **fields).result()
 
     @property

@@ -32,7 +32,12 @@ def submit_file(file: str, overrides: Sequence[str], url: str) -> None:
 
     work = make(run, whole=True)
     with run.naming(), _client(url) as client:
-        job = client.submit(_model(run, work.model), work.loaded.inputs, request=work.request)
+        # Whoever fetches the result gets the file as well, with paths that start from where it lies.
+        spec = {"run": run.spec.model_dump(mode="json"), "base": str(run.base.absolute())}
+        on_error = run.spec.cluster.on_error
+        job = client.submit(
+            _model(run, work.model), work.loaded.inputs, request=work.request, on_error=on_error, spec=spec
+        )
     click.echo(job.id)
 
 

@@ -184,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
     sock_fd, life_fd = map(int, arguments)
     channel.hold_on(life_fd)
     logging.basicConfig(level=os.environ.get("JACRAY_LOG", "WARNING"), format="%(levelname)s %(name)s %(message)s")
-    os.nice(10)  # the process that listens must answer health checks while every worker is busy
+    os.nice(5)  # the process that listens must answer health checks while every worker is busy
     sock = socket.socket(fileno=sock_fd)
     found = channel.receive(sock)
     if found is None:

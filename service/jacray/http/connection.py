@@ -10,7 +10,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
@@ -18,6 +18,7 @@ from urllib.parse import SplitResult, quote, urlencode, urlsplit
 from jacray_workers.errors import FaultError, JobError, Plain, RequestError
 
 from jacray.http import wire
+from jacray.http.download import Download
 from jacray.http.problems import error_of
 
 Parts = Sequence[bytes | memoryview]
@@ -82,7 +83,22 @@ class Connections:
 
     def _tensors(self, method: str, path: str, parts: Parts, query: Mapping[str, Any] | None) -> memoryview:
         with self._once(method, path, query, wire.MEDIA, parts, {"Accept": wire.MEDIA}) as response:
-            return read_message(response)
+            return Download().take(response)
+
+    def download(self, path: str, query: Mapping[str, Any] | None = None) -> memoryview:
+        """Receive a message, whole, in memory of its own; one that breaks off goes on where it was.
+
+        Raises:
+            JacrayError: what the service says is wrong, or it broke off again and again with nothing new.
+        """
+        found = Download()
+
+        def once() -> memoryview:
+            with self._once("GET", path, query, wire.MEDIA, (), found.headers) as response:
+                return found.take(response)
+
+        whole: memoryview = self._repeat(once, lambda: found.at)
+        return whole
 
     @contextlib.contextmanager
     def open(
@@ -113,17 +129,20 @@ class Connections:
         for connection in idle:
             connection.close()
 
-    def _repeat(self, once: Any) -> Any:
-        """Do it again while it drops, a little later every time."""
-        for attempt in range(self.retries + 1):
+    def _repeat(self, once: Any, come: Callable[[], int] = lambda: 0) -> Any:
+        """Do it again while it drops, a little later every time; what has `come` further has all its patience again."""
+        attempt, before = 0, come()
+        while True:
             try:
                 return once()
             except _Again as again:
+                if come() > before:
+                    attempt, before = 0, come()
                 if attempt == self.retries:
                     raise again.error from None
                 pause = again.after or min(0.1 * 2**attempt, 3.0) * (0.5 + random.random() / 2)  # noqa: S311 - no secret
                 time.sleep(pause)
-        raise AssertionError  # pragma: no cover
+                attempt += 1
 
     @contextlib.contextmanager
     def _once(
@@ -271,19 +290,3 @@ def _gone(connection: http.client.HTTPConnection) -> bool:
         return True
     readable, _, _ = select.select([connection.sock], [], [], 0)
     return bool(readable)
-
-
-def read_message(response: http.client.HTTPResponse) -> memoryview:
-    """A whole message in one piece of writable memory."""
-    import numpy as np
-
-    if response.length is None:
-        return memoryview(bytearray(response.read()))
-    data = np.empty(response.length, np.uint8).data.cast("B")
-    at = 0
-    while at < len(data):
-        count = response.readinto(data[at:])
-        if not count:
-            raise http.client.IncompleteRead(bytes(at), len(data) - at)
-        at += count
-    return data

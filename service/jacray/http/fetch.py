@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from jacray_workers.errors import Plain, UserError
-from jacray_workers.plan import ArrayPlan
+from jacray_workers.plan import ArrayPlan, Plan
 
 from jacray.http import wire
 from jacray.http.connection import Connections
+from jacray.http.problems import HttpError
 from jacray.http.remote_job import RemoteJob
-from jacray.plans import read_plan
+from jacray.plans import pins, read_plan
 from jacray.target import Target
 
 PIECE = 1 << 26
 
 
 def fetch(job: RemoteJob, connections: Connections, to: Path) -> Path:
-    """Write `results.zarr` and `receipt.json` of a job that is done; `jacray.load(to)` opens them.
+    """Write `results.zarr`, `receipt.json` and, of a job from a file, `spec.yaml`; `jacray.load(to)` opens them.
 
     The folder appears whole or not at all.
 
@@ -48,6 +49,7 @@ def fetch(job: RemoteJob, connections: Connections, to: Path) -> Path:
                 write_block(made, array, job.array(array.key, start, stop), start)
         finish(made)
         (beside / "receipt.json").write_text(json.dumps(receipt, indent=1), encoding="utf-8")
+        _write_spec(job, connections, plan, beside, to)
         if to.exists():
             to.rmdir()
         beside.rename(to)
@@ -56,10 +58,27 @@ def fetch(job: RemoteJob, connections: Connections, to: Path) -> Path:
     return to
 
 
+def _write_spec(job: RemoteJob, connections: Connections, plan: Plan, beside: Path, to: Path) -> None:
+    """The file that the job came from, as a run on one's own machine writes it: with what the plan decided."""
+    from jacray import emit
+    from jacray.spec import Run, RunSpec, resolved
+
+    try:
+        found = connections.json("GET", f"/v1/jobs/{job.id}/spec")
+    except HttpError as error:
+        if error.status == 404:
+            return
+        raise
+    spec = RunSpec.model_validate(found["run"])
+    run = Run(spec, Path(found["base"]), to)
+    text = emit.dump(resolved(run, pins(plan)), f"Replays this run: jacray run {to}/spec.yaml")
+    (beside / "spec.yaml").write_text(text, encoding="utf-8")
+
+
 def _structure(job: RemoteJob, connections: Connections) -> dict[str, Any]:
     """The results' trees, from the head of a message that holds one sample."""
     query = {"start": 0, "stop": 1}
-    data = connections.tensors(f"/v1/jobs/{job.id}/result", [], method="GET", query=query)
+    data = connections.download(f"/v1/jobs/{job.id}/result", query)
     found: dict[str, Any] = wire.read_header(data).about["results"]
     return found
 

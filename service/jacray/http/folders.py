@@ -24,6 +24,11 @@ class JobFolder:
         return self.path / "body"
 
     @property
+    def spec(self) -> Path:
+        """The file that it was submitted from, as JSON, where it was one."""
+        return self.path / "spec.json"
+
+    @property
     def results(self) -> Path:
         """The numbers, a zarr group."""
         return self.path / "results.zarr"

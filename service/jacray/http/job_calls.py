@@ -12,8 +12,8 @@ from jacray_workers.errors import Plain
 
 from jacray.http import wire
 from jacray.http.calls import JSON, Answer, Call, failed, receive, said
-from jacray.http.jobs import FINAL, Record
 from jacray.http.problems import HttpError
+from jacray.http.records import FINAL, Record
 
 if TYPE_CHECKING:
     from jacray.http.results import Stored
@@ -32,8 +32,8 @@ async def submit(service: Service, call: Call) -> Answer:
         raise HttpError(400, "Idempotency-Key", "must be 1 to 200 printable characters", Plain(key[:50]))
     body = await receive(call, service.limits, service.incoming, store=True)
     try:
-        item, model = await service.job_item(call, body)
-        record, new = await service.jobs.submit(call.user, key, body, item, model)
+        item, spec = await service.job_item(call, body)
+        record, new = await service.jobs.submit(call.user, key, body, item, spec)
     finally:
         body.forget()
     if new and not service.jobs.waiting:
@@ -84,6 +84,16 @@ async def plan(service: Service, call: Call) -> Answer:
     return said({name: record.told.get(name) for name in names})
 
 
+async def spec(service: Service, call: Call) -> Answer:
+    """The file that a job was submitted from."""
+    record = service.jobs.mine(call.user, call.path["id"])
+    try:
+        text = await asyncio.to_thread(service.jobs.files(record).spec.read_bytes)
+    except FileNotFoundError:
+        raise HttpError(404, "id", "names a job that was not submitted from a file", Plain(record.id)) from None
+    return Answer(200, text)
+
+
 async def receipt(service: Service, call: Call) -> Answer:
     """How a job's numbers came about."""
     record = _done(service, call)
@@ -93,7 +103,7 @@ async def receipt(service: Service, call: Call) -> Answer:
 
 async def result(service: Service, call: Call) -> Answer:
     """A job's result: whole, some of it, one array, or the part of some samples."""
-    from jacray.http.results import Choice, open_result
+    from jacray.http.results import Choice, find_span, open_result
 
     record = _done(service, call)
     stop = _whole(call, "stop", -1, 0, 2**62)
@@ -104,12 +114,19 @@ async def result(service: Service, call: Call) -> Answer:
     stored = await asyncio.to_thread(open_result, service.jobs.files(record), choice)
     if call.headers.get("accept", "").startswith(JSON):
         raise HttpError(406, "Accept", f"must allow {wire.MEDIA}", Plain(JSON), "results of jobs are never JSON")
-    return Answer(200, _streamed(stored), wire.MEDIA, size=stored.size)
+    headers = {"ETag": stored.tag, "Accept-Ranges": "bytes"}
+    if "sha-256" in call.headers.get("want-repr-digest", ""):
+        headers["Repr-Digest"] = await asyncio.to_thread(stored.digest)
+    span = find_span(call.headers, stored)
+    if span is None:
+        return Answer(200, _streamed(stored, 0, stored.size), wire.MEDIA, headers, stored.size)
+    headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{stored.size}"
+    return Answer(206, _streamed(stored, span.start, span.stop), wire.MEDIA, headers, len(span))
 
 
-async def _streamed(stored: Stored) -> AsyncIterator[bytes | memoryview]:
+async def _streamed(stored: Stored, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:
     """The pieces, each read in a thread while the one before is on its way."""
-    pieces: Iterator[bytes | memoryview] = stored.pieces()
+    pieces: Iterator[bytes | memoryview] = stored.pieces(start, stop)
     while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
         yield piece
 

@@ -7,11 +7,9 @@ import contextlib
 import json
 import logging
 import shutil
-import sqlite3
 import uuid
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,76 +21,13 @@ from jacray.http.folders import JobFolder
 from jacray.http.metrics import Metrics
 from jacray.http.pool import Process, ProcessLostError
 from jacray.http.problems import HttpError, problem
+from jacray.http.records import Ledger, Record, State, Turns
 from jacray.http.settings import Limits
 
 logger = logging.getLogger(__name__)
 
-State = Literal["queued", "running", "done", "failed", "cancelled"]
-FINAL = ("done", "failed", "cancelled")
-KEPT_EVENTS = 1000
 ATTEMPTS = 3
 GRACE = 15.0
-COUNTS = ("samples", "samples_done", "shards", "shards_done", "retries")
-
-
-@dataclass(eq=False)
-class Record:
-    """One job.
-
-    Attributes:
-        id, user, key: its id, whose it is, and the key that makes submitting it again harmless.
-        digest: the sha256 of what was submitted.
-        item: what the process that runs it is told.
-        told: what is known of it as JSON data: counts, method, times.
-        events: its latest events with their numbers.
-        seen: how many events there were.
-    """
-
-    id: str
-    user: str
-    key: str
-    digest: str
-    state: State = "queued"
-    submitted: float = field(default_factory=now)
-    finished: float | None = None
-    item: dict[str, Any] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)
-    problem: dict[str, Any] | None = None
-    planned: bool = False
-    attempts: int = 0
-    cancelled_by: Literal["", "user", "time"] = ""
-    events: deque[tuple[int, dict[str, Any]]] = field(default_factory=lambda: deque(maxlen=KEPT_EVENTS))
-    seen: int = 0
-    timer: asyncio.TimerHandle | None = None
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def final(self) -> bool:
-        """Whether it has ended."""
-        return self.state in FINAL
-
-    def shown(self) -> dict[str, Any]:
-        """What its owner sees."""
-        counts = {name: self.told.get(name, 0) for name in COUNTS}
-        until = self.finished if self.finished is not None else now()
-        return {
-            "id": self.id, "user": self.user, "key": self.key, "state": self.state, "planned": self.planned,
-            "submitted": self.submitted, "started": self.told.get("started"), "finished": self.finished,
-            "elapsed": until - self.submitted, **counts, "method": self.told.get("method", ""),
-            "bytes_out": self.told.get("bytes_out", 0), "digest": self.digest,
-            "model": self.told.get("model", ""), "problem": self.problem,
-        }  # fmt: skip
-
-    def tell(self, event: Mapping[str, Any]) -> None:
-        """Add an event, and wake who waits."""
-        self.seen += 1
-        self.events.append((self.seen, dict(event)))
-        self.wake()
-
-    def wake(self) -> None:
-        """Wake who waits for news."""
-        self.news.set()
-        self.news = asyncio.Event()
 
 
 class Jobs:
@@ -109,11 +44,12 @@ class Jobs:
     def __init__(
         self, folder: Path, database: Database, make: Callable[[], Process], limits: Limits, metrics: Metrics
     ) -> None:
-        self.folder, self.database, self._make, self.limits, self.metrics = folder, database, make, limits, metrics
+        self.folder, self._make, self.limits, self.metrics = folder, make, limits, metrics
+        self._ledger = Ledger(database)
         folder.mkdir(parents=True, exist_ok=True)
         self.records: OrderedDict[str, Record] = OrderedDict()
         self._keys: dict[tuple[str, str], Record] = {}
-        self._queues: OrderedDict[str, deque[Record]] = OrderedDict()
+        self._turns = Turns()
         self._running: dict[str, Record] = {}
         self._process: Process | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -124,22 +60,13 @@ class Jobs:
 
     async def start(self) -> None:
         """Take up what a service before this one left, and start the process that runs jobs."""
-        for row in await self.database.rows("select * from jobs order by submitted"):
-            self._take_up(row)
+        for record in await self._ledger.all():
+            self._enter(record)
+            if not record.final:
+                logger.info("job taken up again", extra={"job": record.id, "user": record.user})
+                record.state = "queued"
+                self._turns.add(record)
         self._keeper = asyncio.create_task(self._keep(), name="jobs")
-
-    def _take_up(self, row: sqlite3.Row) -> None:
-        told = json.loads(row["told"])
-        record = Record(
-            row["id"], row["user"], row["key"], row["body"], row["state"], row["submitted"], row["finished"],
-            told.pop("item", {}), told, json.loads(row["problem"]) if row["problem"] else None,
-        )  # fmt: skip
-        self._enter(record)
-        record.planned = bool(told.get("method"))
-        if not record.final:
-            logger.info("job taken up again", extra={"job": record.id, "user": record.user})
-            record.state = "queued"
-            self._enqueue(record)
 
     def begin_stop(self) -> None:
         """Start no more jobs, and let go who waits for news of one: what is not done is taken up by the next start."""
@@ -170,12 +97,21 @@ class Jobs:
     @property
     def waiting(self) -> int:
         """How many jobs are queued."""
-        return sum(map(len, self._queues.values()))
+        return len(self._turns)
 
     # What users do ----------------------------------------------------------------------------------------------
 
-    async def submit(self, user: str, key: str, body: Body, item: dict[str, Any], model: str) -> tuple[Record, bool]:
+    async def submit(
+        self, user: str, key: str, body: Body, item: dict[str, Any], spec: Mapping[str, Any] | None
+    ) -> tuple[Record, bool]:
         """Queue a job whose body has come whole.
+
+        Args:
+            user: whose.
+            key: what makes submitting it again harmless.
+            body: what was sent.
+            item: what the process that runs it is told.
+            spec: the file that it was submitted from, to be kept with it.
 
         Returns:
             The job, and whether it is new: the same key again gives the job that it was first given for.
@@ -193,17 +129,14 @@ class Jobs:
         if open_jobs >= self.limits.jobs_per_user:
             rule = f"may be {self.limits.jobs_per_user} at a time for each user"
             raise HttpError(429, "jobs", rule, open_jobs, "wait until some have ended", {"Retry-After": "5"})
-        record = Record(uuid.uuid4().hex[:12], user, key, body.digest, item=item, told={"model": model})
+        record = Record(uuid.uuid4().hex[:12], user, key, body.digest, item=item, told={"model": item["model_key"]})
         self._enter(record)  # before anything is awaited, so that the same key at the same time finds it
         folder = self.files(record)
-        await asyncio.to_thread(_settle, folder, body)
+        await asyncio.to_thread(_settle, folder, body, spec)
         if "file" in item:
             record.item["file"] = str(folder.body)
-        await self.database.run(
-            "insert into jobs (id, user, key, body, state, submitted, told) values (?, ?, ?, ?, ?, ?, ?)",
-            record.id, user, key, body.digest, record.state, record.submitted, self._told(record),
-        )  # fmt: skip
-        self._enqueue(record)
+        await self._ledger.enter(record)
+        self._turns.add(record)
         self._pump()
         return record, True
 
@@ -236,9 +169,7 @@ class Jobs:
         if record.final or record.cancelled_by:
             return
         record.cancelled_by = why
-        queue = self._queues.get(record.user)
-        if queue is not None and record in queue:
-            queue.remove(record)
+        if self._turns.leave(record):
             self._end(record, "cancelled", problem(_cancelled(record)))
         elif self._process is not None and self._process.ready:
             await self._process.send({"do": "cancel", "job": record.id})
@@ -297,7 +228,7 @@ class Jobs:
         """Queue again what ran in a process that is gone; what was lost too often fails."""
         for record in list(self._running.values()):
             del self._running[record.id]
-            _stop_timer(record)
+            record.stop_timer()
             if record.cancelled_by:
                 self._end(record, "cancelled", problem(_cancelled(record)))
             elif record.attempts >= ATTEMPTS:
@@ -305,34 +236,24 @@ class Jobs:
             else:
                 self.metrics.retried()
                 record.state = "queued"
-                self._queues.setdefault(record.user, deque()).appendleft(record)
+                self._turns.add(record, first=True)
 
     def _pump(self) -> None:
         """Start as many jobs as may run, users in turn."""
         if self._process is None or not self._process.ready or self._stopping:
             return
         while len(self._running) < self.limits.running_jobs:
-            record = self._next()
+            record = self._turns.next()
             if record is None:
                 return
             self._running[record.id] = record
             record.attempts += 1
-            for name in ("samples_done", "shards_done", "retries"):
-                record.told[name] = 0
+            record.begin_again()
             head = {
                 "do": "start", "job": record.id, "user": record.user, "item": record.item,
                 "folder": str(self.files(record).path),
             }  # fmt: skip
             self._aside(self._process.send(head))
-
-    def _next(self) -> Record | None:
-        for user in list(self._queues):
-            queue = self._queues[user]
-            if queue:
-                self._queues.move_to_end(user)
-                return queue.popleft()
-            del self._queues[user]
-        return None
 
     def _hear(self, head: Mapping[str, Any]) -> None:
         """News of a job."""
@@ -343,7 +264,7 @@ class Jobs:
         if news == "planned":
             record.planned = True
             record.told.update({name: head[name] for name in ("samples", "shards", "bytes_out", "method", "explained")})
-            self._aside(self._save(record))
+            self._aside(self._ledger.save(record))
         elif news == "event":
             self._event(record, {name: value for name, value in head.items() if name not in ("job", "news")})
         else:
@@ -359,30 +280,19 @@ class Jobs:
             loop = asyncio.get_running_loop()
             late = lambda: self._aside(self.cancel(record, "time"))  # noqa: E731 - one line, used once
             record.timer = loop.call_later(self.limits.job_seconds, late)
-            self._aside(self._save(record))
-        elif kind == "ShardDone":
-            record.told["samples_done"] = record.told.get("samples_done", 0) + event["samples"]
-            record.told["shards_done"] = record.told.get("shards_done", 0) + 1
-        elif kind == "ShardsKept":
-            record.told["samples_done"] = record.told.get("samples_done", 0) + event["samples"]
-            record.told["shards_done"] = record.told.get("shards_done", 0) + event["shards"]
+            self._aside(self._ledger.save(record))
         elif kind == "ShardRetried":
-            record.told["retries"] = record.told.get("retries", 0) + 1
             self.metrics.retried()
-        if kind not in ("JobDone", "JobFailed", "JobCancelled"):  # the end is told once the result lies on disk
-            record.tell(event)
+        record.follow(event)
 
     def _end(self, record: Record, state: State, found: dict[str, Any] | None) -> None:
-        _stop_timer(record)
         if record.cancelled_by == "time" and state != "done":
             error = JobError("job", f"must be computed within {self.limits.job_seconds:g} s", None, "ask for less work")
             state, found = "failed", problem(error)
-        record.state, record.problem, record.finished = state, found, now()
-        kinds = {"done": "JobDone", "failed": "JobFailed", "cancelled": "JobCancelled"}
-        record.tell({"kind": kinds[state], **({"error": found["detail"]} if found and state == "failed" else {})})
-        self.metrics.job_ended(state, record.finished - record.submitted)
+        record.end(state, found)
+        self.metrics.job_ended(state, now() - record.submitted)
         logger.info("job ended", extra={"job": record.id, "user": record.user, "state": state})
-        self._aside(self._save(record))
+        self._aside(self._ledger.save(record))
         self._aside(self._prune(record.user))
 
     # Bookkeeping ------------------------------------------------------------------------------------------------
@@ -391,23 +301,10 @@ class Jobs:
         self.records[record.id] = record
         self._keys[record.user, record.key] = record
 
-    def _enqueue(self, record: Record) -> None:
-        self._queues.setdefault(record.user, deque()).append(record)
-
-    def _told(self, record: Record) -> str:
-        return json.dumps({**record.told, "item": record.item})
-
-    async def _save(self, record: Record) -> None:
-        await self.database.run(
-            "update jobs set state = ?, finished = ?, told = ?, problem = ? where id = ?",
-            record.state, record.finished, self._told(record),
-            json.dumps(record.problem) if record.problem else "", record.id,
-        )  # fmt: skip
-
     async def _forget(self, record: Record) -> None:
         self.records.pop(record.id, None)
         self._keys.pop((record.user, record.key), None)
-        await self.database.run("delete from jobs where id = ?", record.id)
+        await self._ledger.forget(record)
         await asyncio.to_thread(shutil.rmtree, self.files(record).path, ignore_errors=True)
 
     async def forget_refused(self, record: Record) -> None:
@@ -432,16 +329,12 @@ class Jobs:
             logger.error("something went wrong beside the requests", exc_info=error)
 
 
-def _settle(folder: JobFolder, body: Body) -> None:
+def _settle(folder: JobFolder, body: Body, spec: Mapping[str, Any] | None) -> None:
     folder.path.mkdir(parents=True)
+    if spec is not None:
+        folder.spec.write_text(json.dumps(spec), encoding="utf-8")
     if body.file is not None:
         body.file.replace(folder.body)
-
-
-def _stop_timer(record: Record) -> None:
-    if record.timer is not None:
-        record.timer.cancel()
-        record.timer = None
 
 
 def _cancelled(record: Record) -> JobError:

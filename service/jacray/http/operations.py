@@ -65,7 +65,8 @@ class Operation:
 _BINARY: Mapping[str, Any] = {"type": "string", "format": "binary"}
 _BODY = (400, 408, 413, 415)
 _DIGEST = Parameter("digest", "path", schemas.DIGEST, "sha256: and 64 hexadecimal digits")
-_WORK = {JSON: schemas.WORK, wire.MEDIA: _BINARY}
+_SMALL = {JSON: schemas.SMALL, wire.MEDIA: _BINARY}
+_SUBMISSION = {JSON: schemas.SUBMISSION, wire.MEDIA: _BINARY}
 
 
 def _uploads(kind: str, what: str) -> list[Operation]:
@@ -101,6 +102,13 @@ _KEY = Parameter(
 _AFTER = Parameter("Last-Event-ID", "header", {"type": "integer", "minimum": 0}, "the last event that one has")
 
 
+_RANGES = (
+    Parameter("Range", "header", {"type": "string"}, "bytes=FIRST- or bytes=FIRST-LAST of the message"),
+    Parameter("If-Range", "header", {"type": "string"}, "the ETag that the range is meant for"),
+    Parameter("Want-Repr-Digest", "header", {"type": "string"}, "sha-256=1 asks for the digest of the whole message"),
+)
+
+
 def _query(name: str, text: str, schema: Mapping[str, Any] | None = None) -> Parameter:
     return Parameter(name, "query", schema or {"type": "integer", "minimum": 0}, text)
 
@@ -108,7 +116,7 @@ def _query(name: str, text: str, schema: Mapping[str, Any] | None = None) -> Par
 _JOBS = (
     Operation(
         "POST", "/v1/jobs", "submit", "Submit a job.", job_calls.submit,
-        {201: {JSON: schemas.JOB}, 200: {JSON: schemas.JOB}}, (*_BODY, 409, 422, 429, 500), _WORK, (_KEY,),
+        {201: {JSON: schemas.JOB}, 200: {JSON: schemas.JOB}}, (*_BODY, 409, 422, 429, 500), _SUBMISSION, (_KEY,),
         {"Location": "the job"},
     ),
     Operation(
@@ -138,6 +146,10 @@ _JOBS = (
         (404, 409), parameters=(_ID,),
     ),
     Operation(
+        "GET", "/v1/jobs/{id}/spec", "get_spec", "The file that a job was submitted from.", job_calls.spec,
+        {200: {JSON: {"type": "object"}}}, (404,), parameters=(_ID,),
+    ),
+    Operation(
         "GET", "/v1/jobs/{id}/receipt", "get_receipt", "How a job's numbers came about.", job_calls.receipt,
         {200: {JSON: {"type": "object"}}}, (404, 409), parameters=(_ID,),
     ),
@@ -146,9 +158,12 @@ _JOBS = (
         {200: {EVENTS: {"type": "string"}}}, (400, 404), parameters=(_ID, _AFTER),
     ),
     Operation(
-        "GET", "/v1/jobs/{id}/result", "get_result", "A job's result, or a part of it.", job_calls.result,
-        {200: {wire.MEDIA: _BINARY}}, (404, 406, 409, 422),
+        "GET", "/v1/jobs/{id}/result", "get_result",
+        "A job's result, or a part of it. A download that broke off goes on with Range and If-Range.", job_calls.result,
+        {200: {wire.MEDIA: _BINARY}, 206: {wire.MEDIA: _BINARY}}, (404, 406, 409, 416, 422),
+        headers={"ETag": "what tells this message from others", "Accept-Ranges": "bytes"},
         parameters=(
+            *_RANGES,
             _ID, _query("result", "names of results, with commas between", {"type": "string"}),
             _query("array", "the key of one array", {"type": "string"}), _query("start", "the first sample"),
             _query("stop", "the sample after the last"),
@@ -162,7 +177,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "Compute small work and answer with the results. Requests of one kind that come together are computed as one "
         "batch.",
         lambda service, call: service.compute(call), {200: {wire.MEDIA: _BINARY, JSON: schemas.RESULTS}},
-        (*_BODY, 422, 429, 500, 503), _WORK,
+        (*_BODY, 422, 429, 500, 503), _SMALL,
     ),
     *_JOBS,
     *_uploads("models", "an exported model"),
@@ -190,6 +205,7 @@ EVERYWHERE: Mapping[int, str] = {
     408: "the body came too slowly",
     409: "it contradicts what is there",
     413: "too many bytes",
+    416: "the message has no such bytes",
     415: "a media type that is not taken here",
     422: "it breaks a rule: key, rule, value and way out say which",
     429: "too much of yours waits already",

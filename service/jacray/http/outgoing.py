@@ -24,7 +24,7 @@ Upload = Callable[[Callable[[], bytes]], str]
 """Sends bytes ahead and gives their digest."""
 
 
-def message_of(model: Any, x: Any, request: Request, upload: Upload) -> Message:
+def message_of(model: Any, x: Any, request: Request, upload: Upload, more: Mapping[str, Any] | None = None) -> Message:
     """The work as a message.
 
     Args:
@@ -32,12 +32,13 @@ def message_of(model: Any, x: Any, request: Request, upload: Upload) -> Message:
         x: a tensor or a pytree of tensors, the batch first; an input spec as a mapping with `kind` stays one.
         request: the request.
         upload: sends what travels ahead.
+        more: what else the message says.
 
     Raises:
         ModelError: the model cannot travel; the text says what to do.
         InputError: the inputs cannot.
     """
-    message = Message()
+    message = Message(dict(more or {}))
     message.about["inputs"] = inputs_of(x, message)
     message.about["request"] = request_of(request, message)
     message.about["model"] = model_of(model, x, upload)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -15,7 +15,7 @@ from jacray_workers.errors import InputError, JobError, RequestError
 from jacray_workers.request import Request, make_request
 
 from jacray.client import Client
-from jacray.failures import OnError
+from jacray.failures import ON_ERROR, OnError
 from jacray.fields import AllFields
 from jacray.http import wire
 from jacray.http.connection import Connections, Verify
@@ -75,6 +75,7 @@ class RemoteClient(Client):
         key: str | None = None,
         on_error: OnError = "fail",
         user: str = "",
+        spec: Mapping[str, Any] | None = None,
         **fields: Unpack[AllFields],
     ) -> RemoteJob:
         """Submit a job. It is the service's: it goes on when this client is closed.
@@ -85,22 +86,26 @@ class RemoteClient(Client):
             request: a request made before; `fields` change some of it.
             to: only None: a service keeps its results itself.
             key: submitting again under the same key gives the same job; one of its own by default.
-            on_error: only `fail`: a service ends a job with its first error.
+            on_error: `fail` ends the job with its first error; `skip` finishes the others, leaves NaN at the samples
+                that always fail, and lists them in the receipt.
             user: only empty: the token tells whose job it is.
+            spec: the file that it comes from, kept with the job for who fetches it.
             **fields: the fields of `Request`.
 
         Raises:
             UserError: what breaks a rule.
         """
-        if on_error != "fail" or user or to is not None:
-            given = {"user": user, "to": to, "on_error": on_error}
-            name, value = next((n, v) for n, v in given.items() if v not in ("", None) and v != "fail")
+        if user or to is not None:
+            name, value = ("user", user) if user else ("to", to)
             raise RequestError(name, "cannot be set for a job over HTTP", value, "leave it out")
+        if on_error not in ON_ERROR:
+            raise RequestError("on_error", f"must be one of {', '.join(ON_ERROR)}", on_error)
         asked = make_request(request, **fields)
+        more = {"options": {"on_error": on_error}, **({} if spec is None else {"spec": dict(spec)})}
         headers = {"Idempotency-Key": key or uuid.uuid4().hex, "Accept": "application/json"}
 
         def send() -> dict[str, Any]:
-            header, parts = message_of(model, x, asked, self._upload).encode()
+            header, parts = message_of(model, x, asked, self._upload, more).encode()
             with self.connections.open("POST", "/v1/jobs", parts=[header, *parts], headers=headers) as response:
                 found: dict[str, Any] = json.loads(response.read())
                 return found
@@ -121,13 +126,17 @@ class RemoteClient(Client):
         found: list[dict[str, Any]] = self.connections.json("GET", "/v1/jobs", query=query)["jobs"]
         return found
 
-    def compute(self, model: Any, x: Any, *, request: Request | None = None, **fields: Unpack[AllFields]) -> Result:
+    def compute(
+        self, model: Any, x: Any, *, request: Request | None = None, batch: bool = True, **fields: Unpack[AllFields]
+    ) -> Result:
         """Compute small work in one round trip.
 
         Args:
             model: an `nn.Module` or a model spec.
             x: a tensor or a pytree of tensors, the batch first.
             request: a request made before; `fields` change some of it.
+            batch: may be computed together with others' work of its kind. Alone, an answer's last bits do not depend
+                on what came at the same time.
             **fields: the fields of `Request`.
 
         Raises:
@@ -136,7 +145,8 @@ class RemoteClient(Client):
         asked = make_request(request, **fields)
 
         def send() -> memoryview:
-            header, parts = message_of(model, x, asked, self._upload).encode()
+            more = {} if batch else {"options": {"batch": False}}
+            header, parts = message_of(model, x, asked, self._upload, more).encode()
             return self.connections.tensors("/v1/compute", [header, *parts])
 
         data = self._with_uploads(send)

@@ -76,7 +76,7 @@ class RemoteJob(Job):
             )
         if self._shown["problem"] is not None:
             raise error_of(self._shown["problem"])
-        data = self._connections.tensors(f"/v1/jobs/{self.id}/result", [], method="GET")
+        data = self._connections.download(f"/v1/jobs/{self.id}/result")
         self._found = result_of(wire.read_header(data), data)
         return self._found
 
@@ -92,7 +92,7 @@ class RemoteJob(Job):
             UserError: there is no such array, or no such samples.
         """
         query = {"array": key, "start": start, **({} if stop is None else {"stop": stop})}
-        data = self._connections.tensors(f"/v1/jobs/{self.id}/result", [], method="GET", query=query)
+        data = self._connections.download(f"/v1/jobs/{self.id}/result", query)
         header = wire.read_header(data)
         return array_of(key, header.about, tensors(header, data))
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import base64
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +80,53 @@ class Stored:
         """How many bytes the whole message has."""
         return len(self.header) + sum(part.size for part in self.parts) + len(self.receipt)
 
-    def pieces(self) -> Iterator[bytes | memoryview]:
-        """The message in pieces of some megabytes; each is read when it is asked for."""
-        yield self.header
+    @property
+    def tag(self) -> str:
+        """What tells this message from others of its job, whose numbers never change."""
+        return f'"{hashlib.sha256(self.header + self.receipt).hexdigest()[:32]}"'
+
+    def digest(self) -> str:
+        """The sha256 of the whole message, as RFC 9530 writes it; all of it is read."""
+        hasher = hashlib.sha256()
+        for piece in self.pieces(0, self.size):
+            hasher.update(piece)
+        return f"sha-256=:{base64.b64encode(hasher.digest()).decode()}:"
+
+    def pieces(self, start: int, stop: int) -> Iterator[bytes | memoryview]:
+        """Some bytes of the message in pieces of some megabytes; each is read when it is asked for."""
+        at = 0
+        for size, read in self._segments():
+            low, high = max(start - at, 0), min(stop - at, size)
+            if low < high:
+                yield from read(low, high)
+            at += size
+
+    def _segments(self) -> Iterator[tuple[int, Callable[[int, int], Iterable[bytes | memoryview]]]]:
+        yield len(self.header), lambda low, high: [self.header[low:high]]
         for part in self.parts:
-            yield from _read(part)
-        if self.receipt:
-            yield self.receipt
+            yield part.size, functools.partial(_read, part)
+        yield len(self.receipt), lambda low, high: [self.receipt[low:high]]
+
+
+_RANGE = re.compile(r"bytes=(\d{1,18})-(\d{1,18})?")
+
+
+def find_span(headers: Mapping[str, str], stored: Stored) -> range | None:
+    """The bytes that a request's `Range` asks for; None for all, also where it is meant for another message.
+
+    Raises:
+        HttpError: the message is shorter.
+    """
+    found = _RANGE.fullmatch(headers.get("range", "").strip())
+    if found is None or headers.get("if-range", stored.tag) != stored.tag:
+        return None
+    first, last = int(found[1]), int(found[2]) if found[2] else stored.size - 1
+    if last < first and found[2]:
+        return None
+    if first >= stored.size:
+        shown = {"Content-Range": f"bytes */{stored.size}"}
+        raise HttpError(416, "Range", f"must begin within the {stored.size} bytes", Plain(str(first)), "", shown)
+    return range(first, min(last + 1, stored.size))
 
 
 def open_result(folder: JobFolder, choice: Choice) -> Stored:
@@ -150,19 +194,21 @@ def _factors(store: Store, array: ArrayPlan, start: int, stop: int, blocks: dict
     return [_Part(name, part, _NAMES[str(part.dtype)], part.shape, 0, 0) for name, part in found]
 
 
-def _read(part: _Part) -> Iterator[memoryview]:
-    """The rows of a part along its first axis, some megabytes at a time."""
+def _read(part: _Part, low: int, high: int) -> Iterator[memoryview]:
+    """The bytes `low` to `high` of a part, read in rows along its first axis, some megabytes at a time."""
     if not part.shape:
-        yield _bytes(part.node[...])
+        yield _bytes(part.node[...])[low:high]
         return
     inner: list[slice] = [slice(None)] * len(part.shape)
     if part.axis > 0:
         inner[part.axis] = slice(part.start, part.start + part.shape[part.axis])
     offset = part.start if part.axis == 0 else 0
-    step = max(PIECE // max(part.size // max(part.shape[0], 1), 1), 1)
-    for low in range(0, part.shape[0], step):
-        high = min(low + step, part.shape[0])
-        rows = _bytes(part.node[(slice(offset + low, offset + high), *inner[1:])])
+    row = part.size // part.shape[0]
+    step = max(PIECE // row, 1)
+    for first in range(low // row, -(-high // row), step):
+        last = min(first + step, part.shape[0])
+        rows = _bytes(part.node[(slice(offset + first, offset + last), *inner[1:])])
+        rows = rows[max(low - first * row, 0) : high - first * row]
         for at in range(0, len(rows), PIECE):
             yield rows[at : at + PIECE]
 

@@ -102,7 +102,12 @@ class Runner:
         def submit() -> Job:
             with self._planning:
                 return self.client.submit(
-                    model, asked.inputs, request=_explicit(request), to=folder.path.absolute(), user=head["user"]
+                    model,
+                    asked.inputs,
+                    request=_explicit(request),
+                    to=folder.path.absolute(),
+                    user=head["user"],
+                    on_error=head["item"].get("on_error", "fail"),
                 )
 
         try:
@@ -159,7 +164,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=os.environ.get("JACRAY_LOG", "WARNING"), format="%(levelname)s %(name)s %(message)s")
     # A Ray of its own would keep a record of every task for its dashboard, which nobody opens: memory that only grows.
     os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
-    os.nice(10)  # and the Ray that it starts: the process that listens must answer while every worker is busy
+    os.nice(5)  # and the Ray that it starts: the process that listens must answer while every worker is busy
     sock = socket.socket(fileno=sock_fd)
     lock = threading.Lock()
 

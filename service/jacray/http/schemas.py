@@ -54,34 +54,36 @@ PLAN = mapping(
 STATUS = mapping({"status": _TEXT})
 READINESS = mapping({"status": _TEXT, "processes": _WHOLE})
 RESULTS = mapping({"results": {"type": "object"}, "receipt": {"type": "object"}})
-_NESTED: Mapping[str, Any] = {"type": "array"}
-WORK: Mapping[str, Any] = {
-    **mapping(
-        {
-            "model": {
-                "type": "object",
-                "description": 'a model spec, or {"digest": "sha256:..."} of an uploaded model',
-                "properties": {"kind": {"enum": list(MODELS)}, "digest": DIGEST},
-            },
-            "inputs": {
-                "type": ["array", "object"],
-                "description": 'nested lists with the batch first, an input spec, or {"digest": "sha256:..."}',
-            },
-            "request": {
-                "type": "object",
-                "description": "the request vocabulary: wrt, returns, weights, ...",
-                "properties": {
-                    "returns": {"type": ["array", "string"]},
-                    "method": {"enum": ["auto", "reverse", "forward", "backward_loop", "layerwise", "chain"]},
-                },
-            },
-            "options": {
-                "type": "object",
-                "properties": {"batch": {"type": "boolean", "description": "may be computed with other requests"}},
-                "additionalProperties": False,
+
+
+def _work(options: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """A body that asks for work, with these options."""
+    properties: dict[str, Any] = {
+        "model": {
+            "type": "object",
+            "description": 'a model spec, or {"digest": "sha256:..."} of an uploaded model',
+            "properties": {"kind": {"enum": list(MODELS)}, "digest": DIGEST},
+        },
+        "inputs": {
+            "type": ["array", "object"],
+            "description": 'nested lists with the batch first, an input spec, or {"digest": "sha256:..."}',
+        },
+        "request": {
+            "type": "object",
+            "description": "the request vocabulary: wrt, returns, weights, ...",
+            "properties": {
+                "returns": {"type": ["array", "string"]},
+                "method": {"enum": ["auto", "reverse", "forward", "backward_loop", "layerwise", "chain"]},
             },
         },
-        ("model", "inputs"),
-    ),
-    "additionalProperties": False,
-}
+        "options": {"type": "object", "properties": options, "additionalProperties": False},
+        **(more or {}),
+    }
+    return {**mapping(properties, ("model", "inputs")), "additionalProperties": False}
+
+
+SMALL = _work({"batch": {"type": "boolean", "description": "may be computed with other requests"}})
+SUBMISSION = _work(
+    {"on_error": {"enum": ["fail", "skip"], "description": "skip finishes without samples that always fail"}},
+    {"spec": {"type": "object", "description": "the file that it comes from, kept for who fetches the result"}},
+)

@@ -7,11 +7,13 @@ import functools
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jacray_workers.errors import InputError
 
+from jacray.failures import ON_ERROR
 from jacray.http import spool, wire
 from jacray.http.batching import Ask, Rules, Small
 from jacray.http.calls import Answer, Body, Call, failed, file_pieces, receive, said
@@ -28,6 +30,8 @@ from jacray.http.work import read_fields
 logger = logging.getLogger(__name__)
 
 KEYS = ("model", "inputs", "request", "options")
+_SMALL_OPTIONS: Mapping[str, tuple[Any, ...]] = {"batch": (True, False)}
+_JOB_OPTIONS: Mapping[str, tuple[Any, ...]] = {"on_error": ON_ERROR}
 
 
 class Service:
@@ -113,7 +117,7 @@ class Service:
             self.metrics.served("compute", time.monotonic() - began, body.size)
 
     async def _compute(self, call: Call, body: Body) -> Answer:
-        about, header = await self._about(body)
+        about, header = await self._about(body, _SMALL_OPTIONS)
         ask = self._ask(call, body, about, header)
         answer, data = await self.small.compute(ask)
         if "problem" in answer:
@@ -123,9 +127,9 @@ class Service:
             return Answer(200, file_pieces(Path(answer["file"]), size, forget=True), media, size=size)
         return Answer(200, data, media)
 
-    async def _about(self, body: Body) -> tuple[wire.About, wire.Header | None]:
+    async def _about(self, body: Body, options: Mapping[str, tuple[Any, ...]]) -> tuple[wire.About, wire.Header | None]:
         header = await body.header() if body.media == wire.MEDIA else None
-        return check_about(header.about if header is not None else await body.json()), header
+        return check_about(header.about if header is not None else await body.json(), options), header
 
     def _ask(self, call: Call, body: Body, about: wire.About, header: wire.Header | None) -> Ask:
         item = self._item(call.user, about)
@@ -147,14 +151,15 @@ class Service:
         item: dict[str, Any] = {"about": told, "model": model, "model_key": about.model_key}
         return item if stored is None else {**item, "inputs_file": stored}
 
-    async def job_item(self, call: Call, body: Body) -> tuple[dict[str, Any], str]:
-        """What the process that runs jobs is told of a job, and its model's digest."""
-        about, header = await self._about(body)
+    async def job_item(self, call: Call, body: Body) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+        """What the process that runs jobs is told of a job, and the file that it came from, where it was one."""
+        about, header = await self._about(body, _JOB_OPTIONS)
         read_fields(about.request)  # a misspelt name is told at once, however many jobs wait
         item = self._item(call.user, about)
+        item["on_error"] = about.get("options", {}).get("on_error", "fail")
         if header is not None:
             item["file"] = ""  # filled in once the body has come to its place
-        return item, item["model_key"]
+        return item, about.get("spec")
 
     async def upload(self, call: Call, kind: str) -> Answer:
         """Keep a model or tensors under the digest of their bytes."""
@@ -201,21 +206,27 @@ class Service:
         return Process("jacray.http.runner", told, settings.cpus_per_worker)
 
 
-def check_about(about: Any) -> wire.About:
+def check_about(about: Any, options: Mapping[str, tuple[Any, ...]]) -> wire.About:
     """The message besides its tensors, with its own keys checked.
+
+    Args:
+        about: the message.
+        options: the options that it may have, and the values of each.
 
     Raises:
         InputError: an unknown key, or a part of another kind.
     """
     if not isinstance(about, dict):
         raise InputError("body", "must be a JSON object", about)
-    unknown = next((key for key in about if key not in KEYS), None)
+    known = (*KEYS, "spec") if options is _JOB_OPTIONS else KEYS
+    unknown = next((key for key in about if key not in known), None)
     if unknown is not None:
-        raise InputError(unknown, "is not a known name", None, f"known names: {', '.join(KEYS)}")
-    for name in ("request", "options"):
+        raise InputError(unknown, "is not a known name", None, f"known names: {', '.join(known)}")
+    for name in ("request", "options", "spec"):
         if not isinstance(about.get(name, {}), dict):
             raise InputError(name, "must be a mapping", about[name])
-    batch = about.get("options", {}).get("batch", True)
-    if set(about.get("options", {})) - {"batch"} or not isinstance(batch, bool):
-        raise InputError("options", "may hold batch: true or false", about["options"])
+    for name, value in about.get("options", {}).items():
+        if not any(value is one or (isinstance(value, str) and value == one) for one in options.get(name, ())):
+            allowed = "; ".join(f"{n}: {' or '.join(map(wire.dump, values))}" for n, values in options.items())
+            raise InputError("options", f"may hold {allowed}", {name: value})
     return about if isinstance(about, wire.About) else wire.About(about)

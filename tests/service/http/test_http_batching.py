@@ -146,3 +146,10 @@ def test_who_asks_much_does_not_keep_others_waiting(server: Server) -> None:
     between = order[order.index("bob asks") : order.index("bob")]
     # Those that were being answered when bob asked, and a few by turns: not the forty that wait.
     assert between.count("alice") < 20
+
+
+def test_work_may_ask_to_be_computed_alone(server: Server) -> None:
+    calls = [lambda c, i=i: c.compute(NET, torch.ones(1, 3), method="reverse", batch=i % 2 == 0) for i in range(6)]
+    found = together(server, calls)
+    assert [answer.receipt["batched_with"] for answer in found[1::2]] == [0, 0, 0]
+    assert max(answer.receipt["batched_with"] for answer in found[::2]) >= 1

@@ -42,6 +42,10 @@ def test_submit_status_fetch_cancel(server: Server, tmp_path: Path) -> None:
     for name in here.names:
         assert torch.equal(getattr(here, name), getattr(there, name))
     assert there.receipt["verified"]["passed"]
+    again = tmp_path / "again"
+    jacray_command(server, "run", str(tmp_path / "there" / "spec.yaml"), f"output.path={again}")
+    for name in here.names:
+        assert torch.equal(getattr(jacray.load(again), name), getattr(there, name))
 
 
 def test_mistakes_exit_with_one_line(server: Server, tmp_path: Path) -> None:
