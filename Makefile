@@ -32,7 +32,7 @@ USABLE := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))'
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all chaos bench-jobs test-cluster zoo bench bench-service regret lint format wheel clean
+.PHONY: help demo test test-all chaos bench-jobs test-cluster zoo bench bench-service soak regret lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,9 @@ regret: $(DEV)  ## how far the planner's choice is from the best method, on the 
 
 chaos: $(DEV)  ## every fault many times, counted: workers, coordinator, node, disk, Ctrl-C (an hour or so)
 	$(BIN)/python -m tests.chaos
+
+soak: $(DEV)  ## the service under mixed work of 32 clients for 20 minutes: no error, flat memory, nothing left behind
+	$(BIN)/python -m tests.soak
 
 bench-jobs: $(DEV)  ## what dispatch costs: per shard, on Ray beside one process, two workers beside one
 	$(BIN)/python -m benchmarks.jobs

@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import http.client
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from email.message import Message
 
 from jacray_workers.errors import FaultError
 
@@ -68,7 +67,7 @@ class Download:
         self.data = np.empty(response.length, np.uint8).data.cast("B")
         self.at, self.tag, self.resumed = 0, response.headers.get("ETag", ""), False
 
-    def _check(self, headers: Mapping[str, Any]) -> None:
+    def _check(self, headers: Message) -> None:
         told = str(headers.get("Repr-Digest", ""))
         found = base64.b64encode(hashlib.sha256(self.data).digest()).decode()
         if f"sha-256=:{found}:" not in told:

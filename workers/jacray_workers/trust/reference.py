@@ -12,6 +12,7 @@ from torch import Tensor
 from jacray_workers.problem.holding import gradients, held
 from jacray_workers.problem.problem import Leaf, Problem
 from jacray_workers.problem.session import seed_generators
+from jacray_workers.sharing import math_attention
 
 # Parameters are copied to be cast; a model larger than this is checked in its own precision instead.
 CAST_LIMIT = 4 << 30
@@ -146,8 +147,7 @@ def own(leaf: Leaf) -> bool:
 @contextmanager
 def plain_kernels() -> Iterator[None]:
     """Unfused attention and no cuDNN: paths that other methods do not take, and that have every derivative."""
-    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with math, torch.backends.cudnn.flags(enabled=False):
+    with math_attention(), torch.backends.cudnn.flags(enabled=False):
         yield
 
 
