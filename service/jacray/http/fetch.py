@@ -10,6 +10,7 @@ from typing import Any
 from jacray_workers.errors import Plain, UserError
 from jacray_workers.plan import ArrayPlan, Plan
 
+from jacray.documents import Document
 from jacray.http import wire
 from jacray.http.connection import Connections
 from jacray.http.problems import HttpError
@@ -70,7 +71,7 @@ def _write_spec(job: RemoteJob, connections: Connections, plan: Plan, beside: Pa
             return
         raise
     spec = RunSpec.model_validate(found["run"])
-    run = Run(spec, Path(found["base"]), to)
+    run = Run(spec, Document(found["run"], "spec"), Path(found["base"]), to)
     text = emit.dump(resolved(run, pins(plan)), f"Replays this run: jacray run {to}/spec.yaml")
     (beside / "spec.yaml").write_text(text, encoding="utf-8")
 

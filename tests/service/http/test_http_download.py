@@ -155,15 +155,17 @@ def test_samples_that_always_fail_are_left_out(server: Server) -> None:
     x = torch.zeros(60, 400)
     x[37] = torch.nan
     model = {**WIDE, "layers": [*WIDE["layers"], {"kind": "Tanh"}]}
-    fields: dict[str, Any] = {"nan_policy": "raise", "method": "reverse", "chunk_size": 3, "verify": False}
+    fields: dict[str, Any] = {"nan_policy": "raise", "method": "reverse", "verify": False}
     with jacray.Client("inline", workers=1) as client:
         here = client.submit(as_model(model), x, on_error="skip", **fields).result(timeout=100)
     with server.client() as client:
         there = client.submit(model, x, on_error="skip", **fields).result(timeout=100)
-        assert torch.equal(torch.nan_to_num(there.jacobian, 7.0), torch.nan_to_num(here.jacobian, 7.0))
         ((start, stop),) = [(skip["start"], skip["stop"]) for skip in there.receipt["skipped"]]
         assert start <= 37 < stop
         missing = torch.isnan(there.jacobian).flatten(1).all(1)
+        both = ~missing & ~torch.isnan(here.jacobian).flatten(1).all(1)  # shards are cut by what trials measured
+        assert both.sum() > 30
+        torch.testing.assert_close(there.jacobian[both], here.jacobian[both])
         assert missing.nonzero().flatten().tolist() == list(range(start, stop))
         with pytest.raises(jacray.NonFiniteError):
             client.submit(model, x, **fields).result(timeout=100)
