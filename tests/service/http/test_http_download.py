@@ -152,20 +152,17 @@ def test_parts_that_do_not_make_the_whole_are_noticed(server: Server, cutting: C
 
 
 def test_samples_that_always_fail_are_left_out(server: Server) -> None:
-    x = torch.zeros(60, 400)
+    x = torch.zeros(400, 400)  # 320 MB of Jacobians: several shards, however large a chunk is chosen
     x[37] = torch.nan
     model = {**WIDE, "layers": [*WIDE["layers"], {"kind": "Tanh"}]}
     fields: dict[str, Any] = {"nan_policy": "raise", "method": "reverse", "verify": False}
-    with jacray.Client("inline", workers=1) as client:
-        here = client.submit(as_model(model), x, on_error="skip", **fields).result(timeout=100)
+    here = jacray.jacobian(as_model(model), x, method="reverse")
     with server.client() as client:
         there = client.submit(model, x, on_error="skip", **fields).result(timeout=100)
         ((start, stop),) = [(skip["start"], skip["stop"]) for skip in there.receipt["skipped"]]
         assert start <= 37 < stop
         missing = torch.isnan(there.jacobian).flatten(1).all(1)
-        both = ~missing & ~torch.isnan(here.jacobian).flatten(1).all(1)  # shards are cut by what trials measured
-        assert both.sum() > 30
-        torch.testing.assert_close(there.jacobian[both], here.jacobian[both])
+        torch.testing.assert_close(there.jacobian[~missing], here[~missing])
         assert missing.nonzero().flatten().tolist() == list(range(start, stop))
         with pytest.raises(jacray.NonFiniteError):
             client.submit(model, x, **fields).result(timeout=100)

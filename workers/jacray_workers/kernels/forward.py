@@ -106,7 +106,7 @@ def _push_unmapped(
         found: Tensor = torch.func.jvp(function, (values[index],), (v,))[1]
         return found
 
-    with math_attention():
+    with forward_mode(), math_attention():
         columns: Tensor = vmap(push, randomness="same")(tangents)
     return columns.permute(1, 2, 0)
 

@@ -201,6 +201,6 @@ def _jvp_unmapped(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[
         found: Tensor = torch.func.jvp(lambda *leaves: problem.forward(leaves, batch), values, v)[1]
         return found
 
-    with math_attention():
+    with forward_mode(), math_attention():
         pushed: Tensor = vmap(push, randomness="same")(*handed)
     return pushed
