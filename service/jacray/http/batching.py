@@ -277,6 +277,10 @@ class Small:
         except ProcessLostError:
             self._ended(batch, FaultError("the process that computed this ended; it may need more memory"), "died")
             return False
+        except Exception as error:  # a seat that nobody serves any more would let all work wait for ever
+            logger.error("a batch could not be passed on", exc_info=error)
+            self._ended(batch, FaultError("the service could not pass this on; its log says more"), "fault")
+            return False
         self._warm[seat][batch[0].model] = None
         self._warm[seat].move_to_end(batch[0].model)
         while len(self._warm[seat]) > 64:

@@ -132,10 +132,14 @@ class Jobs:
         record = Record(uuid.uuid4().hex[:12], user, key, body.digest, item=item, told={"model": item["model_key"]})
         self._enter(record)  # before anything is awaited, so that the same key at the same time finds it
         folder = self.files(record)
-        await asyncio.to_thread(_settle, folder, body, spec)
         if "file" in item:
             record.item["file"] = str(folder.body)
-        await self._ledger.enter(record)
+        try:
+            await asyncio.to_thread(_settle, folder, body, spec)
+            await self._ledger.enter(record)
+        except BaseException:  # a full disk, or the sender has left: nobody could ever start or end it
+            await self._forget(record)
+            raise
         self._turns.add(record)
         self._pump()
         return record, True

@@ -98,7 +98,10 @@ class Policy:
         if self.data is None:
             raise error(argument, "may not name a file of the service", Plain(path), way_out)
         folder = self.data.resolve()
-        whole = (folder / path).resolve()
+        try:
+            whole = (folder / path).resolve()
+        except (OSError, RuntimeError, ValueError):  # links in a circle, or characters that no file system takes
+            raise error(argument, "must be a path", path, way_out) from None
         if not whole.is_relative_to(folder):
             raise error(argument, "must lie within the folder of data that the service shares", Plain(path), way_out)
         return str(whole)

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 Send = Callable[[Any], Awaitable[None]]
 PAGE = Path(__file__).parent / "page"
 _LOCAL = ("localhost", "127.0.0.1", "::1")
+_FRAMELESS = {"X-Frame-Options": "DENY", "X-Content-Type-Options": "nosniff"}
+"""Nobody's page may lay ours under its own and have its buttons pressed. A policy within the page cannot say so."""
 
 
 def application(service: Service, tokens: Tokens) -> Any:
@@ -50,7 +52,7 @@ def application(service: Service, tokens: Tokens) -> Any:
     text = wire.dump(document(jacray.__version__))
     routes.append(Route("/openapi.json", lambda _: Response(text, media_type="application/json")))
     if (PAGE / "index.html").is_file():
-        routes.append(Route("/", lambda _: FileResponse(PAGE / "index.html")))
+        routes.append(Route("/", lambda _: FileResponse(PAGE / "index.html", headers=_FRAMELESS)))
         routes.append(Mount("/page", StaticFiles(directory=PAGE)))
     app = Starlette(routes=routes, lifespan=lambda _: _running(service), exception_handlers={HTTPException: _refused})
     app.router.redirect_slashes = False
@@ -139,13 +141,16 @@ def _check_site(headers: Mapping[str, str], method: str, settings: Settings) -> 
     if settings.loopback and not settings.proxy and host not in (*_LOCAL, settings.host):
         raise HttpError(403, "Host", "must be a name of this machine's loopback", Plain(host))
     origin = headers.get("origin")
-    if origin and method not in ("GET", "HEAD") and urlsplit(origin).hostname != host:
+    if origin and method not in ("GET", "HEAD") and _hostname(origin.partition("//")[2]) != host:
         raise HttpError(403, "Origin", "must be the service's own page", Plain(origin))
 
 
 @functools.lru_cache(maxsize=256)
 def _hostname(host: str) -> str:
-    return urlsplit(f"//{host}").hostname or ""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # brackets that do not close, or with something else than an address between them
+        return ""
 
 
 async def _body(receive: Any) -> AsyncIterator[bytes]:
@@ -192,6 +197,9 @@ class _Sender:
             await self._patiently(start, {"type": "http.response.body", "body": answer.body})
             return size or 0
         await self._patiently(start)
+        if self._scope["method"] == "HEAD":  # nothing of it is sent, and a stream of events might never end
+            await self._patiently({"type": "http.response.body", "body": b""})
+            return 0
         return await self._pieces(answer.body)
 
     async def _pieces(self, pieces: Any) -> int:

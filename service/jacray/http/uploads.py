@@ -6,7 +6,6 @@ overheard opens nothing.
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -58,13 +57,13 @@ class Uploads:
         if kind == "inputs" and not header.entries:
             raise InputError("body", "must hold at least one tensor", Plain("none"))
         digest = f"sha256:{body.digest}"
-        kept = await self.database.call(lambda c: self._enter(c, user, kind, digest, body.size))
-        if kept and not self.path(digest).exists():
-            await asyncio.to_thread(body.file.replace, self.path(digest))
+        kept = await self.database.call(lambda c: self._enter(c, user, kind, digest, body))
         self._known[user, digest] = kind
         return {"digest": digest, "kind": kind, "bytes": body.size, "tensors": len(header.entries)}, kept
 
-    def _enter(self, c: sqlite3.Connection, user: str, kind: str, digest: str, size: int) -> bool:
+    def _enter(self, c: sqlite3.Connection, user: str, kind: str, digest: str, body: Body) -> bool:
+        """Keep it. The file moves within the transaction, so that nobody's removal comes in between."""
+        size = body.size
         known = c.execute(
             "select 1 from uploads where user = ? and digest = ? and kind = ?", (user, digest, kind)
         ).fetchone()  # fmt: skip
@@ -77,6 +76,8 @@ class Uploads:
                 413, "body", f"leaves no more than {self.most:,} bytes to a user", Plain(f"{held + size:,}"), way_out
             )
         c.execute("insert or replace into uploads values (?, ?, ?, ?, ?)", (user, digest, kind, size, now()))
+        if body.file is not None and not self.path(digest).exists():
+            body.file.replace(self.path(digest))
         return True
 
     def path(self, digest: str) -> Path:
@@ -121,13 +122,15 @@ class Uploads:
         """
         await self.one(user, kind, digest)
 
-        def work(c: sqlite3.Connection) -> tuple[int, int]:
+        def forget(c: sqlite3.Connection) -> int:
             c.execute("delete from uploads where user = ? and kind = ? and digest = ?", (user, kind, digest))
-            mine = c.execute("select count(*) from uploads where user = ? and digest = ?", (user, digest)).fetchone()[0]
-            return mine, c.execute("select count(*) from uploads where digest = ?", (digest,)).fetchone()[0]
+            found = c.execute("select count(*) from uploads where user = ? and digest = ?", (user, digest))
+            return int(found.fetchone()[0])
 
-        mine, left = await self.database.call(work)
-        if not mine:
+        def sweep(c: sqlite3.Connection) -> None:  # once that is on disk, and unless somebody kept it meanwhile
+            if c.execute("select 1 from uploads where digest = ?", (digest,)).fetchone() is None:
+                self.path(digest).unlink(missing_ok=True)
+
+        if not await self.database.call(forget):
             self._known.pop((user, digest), None)
-        if not left:
-            await asyncio.to_thread(self.path(digest).unlink, missing_ok=True)
+        await self.database.call(sweep)

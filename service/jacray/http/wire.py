@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from jacray_workers.errors import InputError, Plain
 MEDIA = "application/x-safetensors"
 PREFIX = 8
 MAX_HEADER = 4 << 20
+MAX_DEPTH = 128
 ITEM = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1
 }  # fmt: skip
@@ -28,6 +31,9 @@ _KEY = "jacray"
 _MAX_AXES = 32
 _SMALL = 1 << 14
 _DIRECTIONS = ("weights", "vectors")
+_TEXT = re.compile(r'"(?:[^"\\]+|\\.)*"')
+_OTHER = re.compile(r"[^\[\]{}]+")
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
 
 class WireError(InputError):
@@ -170,15 +176,38 @@ def _read(text: bytes) -> Header:
 
 
 def load(text: bytes | str, argument: str) -> Any:
-    """JSON as strict readers see it: no NaN, no infinity, no name twice.
+    """JSON as strict readers see it: no NaN, no infinity, no number that would become one, no name twice.
 
     Raises:
-        WireError: it is no JSON.
+        WireError: it is no JSON, or nests deeper than whoever passes it on could write it.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
+        told = text if isinstance(text, str) else text.decode("utf-8")
+        found = json.loads(told, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_distinct)
+    except RecursionError:
+        raise _too_deep(argument) from None
+    except ValueError as error:
         raise WireError(argument, f"must be JSON: {error}") from None
+    if told.count("[") + told.count("{") > MAX_DEPTH and _depth(told) > MAX_DEPTH:
+        raise _too_deep(argument)
+    return found
+
+
+def _too_deep(argument: str) -> WireError:
+    return WireError(argument, f"must nest at most {MAX_DEPTH} lists and objects")
+
+
+def _depth(text: str) -> int:
+    """How deep a JSON text nests: its brackets counted, those within its texts left out."""
+    brackets = _OTHER.sub("", _TEXT.sub("", text))
+    return max(itertools.accumulate(map(_STEPS.__getitem__, brackets)), default=0)
+
+
+def _finite(text: str) -> float:
+    found = float(text)
+    if math.isinf(found):
+        raise ValueError(f"{text[:50]} is larger than any number of 64 bits")
+    return found
 
 
 def _no_constant(name: str) -> Any:

@@ -13,6 +13,7 @@ class Problem extends Error {
 
 async function ask(path, options = {}) {
   const token = sessionStorage.getItem(KEY), headers = { Accept: "*/*", ...options.headers };
+  if (token && /[^!-~]/.test(token)) throw new Problem(401, "no token looks like that"); // nor can a header hold it
   if (token) headers.Authorization = `Bearer ${token}`;
   const answer = await fetch(path, { ...options, headers, cache: "no-store" });
   if (answer.ok) return answer;
@@ -256,7 +257,7 @@ async function tick() {
   clearTimeout(timer);
   if (busy) { again = true; return; }
   busy = true; again = false;
-  const id = location.hash.startsWith("#job/") ? decodeURIComponent(location.hash.slice(5)) : null;
+  const id = location.hash.startsWith("#job/") ? location.hash.slice(5) : null; // ids have no character to decode
   try {
     if (id) await showJob(id); else { shown = null; listening?.stop.abort(); await showList(); }
     $("list").hidden = id !== null; $("job").hidden = id === null; $("sign-in").hidden = true;
