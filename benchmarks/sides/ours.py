@@ -39,9 +39,9 @@ def by_the_engine(task: Task, method: str = "auto", **fields: Any) -> Ready:
 def on_the_device(task: Task, method: str = "auto", **fields: Any) -> Ready:
     """The engine's shards written into memory of the model's device, where peers leave their results too."""
     import torch
+    from jacray_workers.buffers import TORCH_OF
     from jacray_workers.engine import assemble, combine, prepare, run_shard
     from jacray_workers.request import make_request
-    from jacray_workers.run import TORCH_OF
 
     name = task.case.returns
     request = make_request(returns=[name], **{**task.case.request, "method": method, **fields})

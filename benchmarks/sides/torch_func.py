@@ -13,6 +13,8 @@ from benchmarks.task import Arrays, CannotError, Ready, Side, Task
 
 # A dense Jacobian is made, often copied once into the right layout, and the passes hold as much again.
 COPIES = 2.5
+# Both torch's and JAX's vmap(jacfwd) were tried with 12,288.
+MOST_TANGENTS = 10_000
 # Of the tangent kernel by single products; 2,048 of them through 4 million parameters took over a minute a call.
 PRODUCTS = 500
 
@@ -69,11 +71,23 @@ def vmap_jacfwd(task: Task) -> Ready:
         columns = sum(p.numel() for p in task.parameters().values())
         raise CannotError(f"a tangent per parameter: {columns:,} of them, each as large as a parameter")
     tail, point = task.tail, task.point
-    columns = point[0].numel()
+    columns = tangents(task)
     # Its identity of tangents, one per sample and column.
     must_fit(COPIES * max(point.shape[0] * columns**2 * 4, task.dense_bytes()))
     jacobian = vmap(jacfwd(lambda e: tail(e.unsqueeze(0)).squeeze(0)))
     return Ready(lambda: jacobian(point), lambda J: {"": J})
+
+
+def tangents(task: Task) -> int:
+    """How many tangents a sample takes.
+
+    Raises:
+        CannotError: so many that one call takes minutes, and more memory than many machines have.
+    """
+    columns = task.point[0].numel()
+    if columns > MOST_TANGENTS:
+        raise CannotError(f"{columns:,} tangents a sample at once: for MiniLM 20 GB and three minutes a call")
+    return columns
 
 
 def functional_jacobian(task: Task) -> Ready:

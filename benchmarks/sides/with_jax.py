@@ -6,7 +6,7 @@ import importlib.util
 import os
 from typing import Any
 
-from benchmarks.sides.torch_func import COPIES, must_fit
+from benchmarks.sides.torch_func import COPIES, must_fit, tangents
 from benchmarks.task import Arrays, CannotError, Ready, Side, Task
 
 
@@ -45,7 +45,7 @@ def forward(task: Task) -> Ready:
     if task.by_parameters:
         columns = sum(p.numel() for p in task.parameters().values())
         raise CannotError(f"a tangent per parameter: {columns:,} of them")
-    columns = task.point[0].numel()
+    columns = tangents(task)
     must_fit(COPIES * max(task.x.shape[0] * columns**2 * 4, task.dense_bytes()))
     return _ready(task, jax.jacfwd)
 
@@ -59,6 +59,7 @@ def forward_by_samples(task: Task) -> Ready:
     jax = loaded(task)
     if not isinstance(task.case.request.get("wrt"), dict):
         raise CannotError("vmap(jacfwd) is right here, and faster")
+    tangents(task)
     return _ready(task, jax.jacfwd, batched=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import jacray
 import pytest
 import torch
 from jacray.events import JobDone, JobFailed, JobStarted, ShardDone
+from jacray.orders import in_units
+from jacray_workers.plan import Candidate
+from jacray_workers.request import make_request
 from torch import nn
 
 from tests.toys import Deep, Gated, MineError, Raises, Scales, ScalesAtWork, mlp
@@ -242,11 +246,18 @@ def test_cancelling_inside_a_long_chunk_in_this_process(inline_client: jacray.Cl
 def test_a_long_job_is_cut_into_units_that_may_be_lost(inline_client: jacray.Client) -> None:
     job = inline_client.submit(Deep(20, 512), torch.randn(10_000, 512), returns="norms", method="reverse", verify=False)
     assert job.cancel()
-    plan = job.plan
-    each = next(c.seconds for c in plan.candidates if c.method == "reverse") / plan.samples
-    assert each * plan.chunk_size <= 1 or plan.chunk_size == 1
-    assert each * plan.shard_size <= 20
-    assert plan.shard_size % plan.chunk_size == 0
+    assert job.plan.shard_size < job.plan.samples
+    assert job.plan.shard_size % job.plan.chunk_size == 0
+
+
+@pytest.mark.parametrize(("again", "chunk", "shard"), [(0.06, 16, 320), (0.002, 256, 9984), (3.0, 1, 6), (100.0, 1, 3)])
+def test_units_are_as_long_as_the_shorter_of_two_timings_allows(again: float, chunk: int, shard: int) -> None:
+    request = make_request(returns="norms", method="reverse")
+    plan = jacray.plan(torch.nn.Linear(3, 2), torch.randn(10_000, 3), returns="norms", method="reverse")
+    timed = Candidate("reverse", seconds=6.0 * plan.samples, measured=True)
+    plan = replace(plan, chunk_size=4096, shard_size=plan.samples, candidates=(timed,))
+    cut = in_units(plan, request, None, lambda: again)
+    assert (cut.chunk_size, cut.shard_size) == (chunk, shard)
 
 
 @pytest.mark.ray
