@@ -16,6 +16,11 @@ PEERS := .venv/.peers-installed
 # CPU torch. So they come without their dependencies; the rest of those stands in pyproject.toml's `peers`.
 WITHOUT_TORCHVISION := backpack-for-pytorch curvlinops-for-pytorch laplace-torch nngeometry
 
+# The services that ours is measured against contradict our pins: they get an environment of their own, which finds
+# torch and the like in ours.
+SERVICE_PEERS := .venv/service-peers/.installed
+PACKAGES_OF := -c 'import sysconfig; print("\n".join({sysconfig.get_path(n) for n in ("purelib", "platlib")}))'
+
 # Whose architectures the tests build. timm asks for torchvision, and torchvision's wheel for Linux for a CUDA torch of
 # several gigabytes; neither needs one for what is tested. They lie in a folder of their own, which those tests alone
 # look into: beside a CPU torch, whatever imports torchvision when it finds it (transformers, laplace) would break.
@@ -54,7 +59,7 @@ test-cluster: $(CLUSTER)  ## the tests of docs/cluster.md: a head, a second node
 bench: $(PEERS)  ## ours and every peer side by side: writes benchmarks/RESULTS.md (a quarter of an hour, on a quiet machine)
 	$(BIN)/python -m benchmarks
 
-bench-service: $(DEV)  ## the service on loopback: latency, throughput with and without batching, health under load
+bench-service: $(SERVICE_PEERS)  ## the service on loopback beside its peers: writes benchmarks/SERVICE.md (two minutes, on a quiet machine)
 	$(BIN)/python -m benchmarks.service
 
 regret: $(DEV)  ## how far the planner's choice is from the best method, on the benchmark's nets
@@ -125,3 +130,13 @@ $(PEERS): $(DEV)
 	@$(INSTALL) --no-build-isolation --editable '.[peers]'
 	@$(INSTALL) --no-deps $(WITHOUT_TORCHVISION)
 	@touch $@
+
+$(SERVICE_PEERS): $(DEV) benchmarks/service/peers.txt
+	@echo "Installing the services that ours is measured against into .venv/service-peers. The first time takes about a minute; later runs skip this."
+	@rm -rf $(@D)
+	@$(BIN)/python -m venv $(@D)
+	@$(BIN)/python $(PACKAGES_OF) > "$$($(@D)/bin/python $(PACKAGES_OF) | head -n 1)/jacray.pth"
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check --no-input install --no-deps -r benchmarks/service/peers.txt && touch $@ || { \
+		rm -rf $(@D); \
+		echo "They could not be installed; ours is measured alone." >&2; \
+	}

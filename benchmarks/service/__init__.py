@@ -1,0 +1,1 @@
+"""The HTTP service's figures beside its peers': `python -m benchmarks.service`."""
