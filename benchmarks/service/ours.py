@@ -12,6 +12,7 @@ from typing import Any
 
 import jacray
 import torch
+from torch import nn
 
 from benchmarks.service.load import Counted, Load, loading
 from benchmarks.service.peers import timed
@@ -83,9 +84,11 @@ def latency(effort: Effort) -> dict[str, list[float]]:
         return {name: timed(call, count) for name, (call, count) in calls.items()}
 
 
-def deep(depth: int) -> dict[str, Any]:
-    """A net of many layers: alone it costs mostly the calls of its operations, which a batch shares."""
-    return layers(*[linear(SIDE, SIDE), TANH] * depth)
+def deep(depth: int, folder: Path) -> Path:
+    """The file of a net of many layers: alone it costs mostly the calls of its operations, which a batch shares."""
+    torch.manual_seed(0)
+    parts = [part for _ in range(depth) for part in (nn.Linear(SIDE, SIDE), nn.Tanh())]
+    return jacray.export(nn.Sequential(*parts), torch.zeros(1, SIDE), folder / f"deep-{depth}.safetensors")
 
 
 @contextlib.contextmanager
@@ -115,8 +118,8 @@ def batching(effort: Effort) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         urls = {side: stack.enter_context(serving("--workers", "2", *extra)) for side, extra in sides.items()}
-        asked = {(name, side): files(folder, questions(urls[side], depth))
-                 for name, depth in DEPTHS.items() for side in sides}  # fmt: skip
+        nets = {name: deep(depth, folder) for name, depth in DEPTHS.items()}
+        asked = {(name, side): files(folder, questions(urls[side], nets[name])) for name in nets for side in sides}
         for turn in range(effort.rounds + 1):
             for (name, side), names in asked.items():
                 rate, probes = saturated(urls[side], names, effort.seconds)
@@ -126,9 +129,10 @@ def batching(effort: Effort) -> dict[str, Any]:
     return {"batching": rates, "health": health}
 
 
-def questions(url: str, depth: int) -> list[bytes]:
-    """One request of each client: samples of their own, one model."""
-    model = deep(depth)
+def questions(url: str, net: Path) -> list[bytes]:
+    """One request of each client: samples of their own, one model, which is sent ahead as a module's is."""
+    with jacray.Client(url) as client:
+        model = {"digest": client.upload(net)}
     return [
         small_work(url, model, torch.randn(1, SIDE), weights=torch.randn(1, SIDE), returns=["weighted_gradient"])
         for _ in range(CLIENTS)

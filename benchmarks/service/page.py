@@ -122,9 +122,9 @@ def _job(found: Mapping[str, Any]) -> list[str]:
 def _notes() -> list[str]:
     return [
         ("Batching: the same clients, one request each at a time, to two services turn by turn, one of which has "
-         f"`window_seconds=0`; they live in {GENERATORS} processes of their own. What a batch saves is computing; what "
-         "a request costs besides (HTTP, checks, the frames between processes, the clients themselves on the same "
-         "cores) stays, and bounds the gain from above, the more so the cheaper the model."),
+         f"`window_seconds=0`; they live in {GENERATORS} processes of their own and name a model that was sent ahead. "
+         "What a batch saves is computing; what a request costs besides (HTTP, checks, the frames between processes, "
+         "the clients themselves on the same cores) stays, and bounds the gain, the more so the cheaper the model."),
         "",
         (f"Health is asked {PROBES:.0f} times a second from one more process; an answer's time runs from the moment "
          "at which its request was due."),
