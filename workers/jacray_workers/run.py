@@ -16,7 +16,7 @@ from jacray_workers import rowcuts
 from jacray_workers.buffers import Buffers
 from jacray_workers.errors import BudgetError, JobError, NonFiniteError
 from jacray_workers.kernels import pick
-from jacray_workers.kernels.common import WHOLE, Targets, begun, reach, spans
+from jacray_workers.kernels.common import WHOLE, Targets, begun, reach, singly, spans
 from jacray_workers.plan import Shard
 from jacray_workers.planning.memory import Keeper, out_of_memory, release
 from jacray_workers.problem.blame import accuse
@@ -161,9 +161,8 @@ def compute_chunk(prepared: Prepared, chunk: Chunk, buffers: Buffers, reducer: R
 def _outputs(prepared: Prepared, batch: list[Tensor]) -> Tensor:
     """The outputs `(b, rows)`, each sample's what it gives alone."""
     problem = prepared.problem
-    alone = [[leaf[i : i + 1] for leaf in batch] for i in range(batch[0].shape[0])]
     with torch.no_grad():
-        parts = [problem.forward(problem.values(b), b) for b in ([batch] if prepared.plan.batched else alone)]
+        parts = [problem.forward(problem.values(b), b) for b in ([batch] if prepared.plan.batched else singly(batch))]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

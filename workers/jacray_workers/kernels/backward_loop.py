@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jacray_workers.errors import MethodError
-from jacray_workers.kernels.common import WHOLE, basis, begun, blocks_for, gradients, per_sample, reach
+from jacray_workers.kernels.common import WHOLE, basis, begun, blocks_for, gradients, per_sample, reach, singly, varied
 from jacray_workers.problem.problem import Problem
 from jacray_workers.sharing import math_attention
 from jacray_workers.unwanted import look
@@ -219,8 +219,8 @@ def vjp(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor, per_sampl
 
 def _vjp_by_sample(problem: Problem, batch: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
     found = []
-    for i in range(batch[0].shape[0]):
-        parts = vjp(problem, [leaf[i : i + 1] for leaf in batch], cotangents[:, i : i + 1], per_sample_params=False)
+    for i, sample in enumerate(singly(batch)):
+        parts = vjp(problem, sample, cotangents[:, i : i + 1], per_sample_params=False)
         found.append([p if per_sample(leaf) else p.unsqueeze(1) for p, leaf in zip(parts, problem.leaves, strict=True)])
     return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
 
@@ -232,13 +232,9 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
 
     Source: J. Townsend, "A new trick for calculating Jacobian vector products" (2017).
     """
-    apart = any(not per_sample(leaf) and t.stride(1) != 0 for leaf, t in zip(problem.leaves, tangents, strict=True))
-    if apart and batch[0].shape[0] > 1:
-        parts = [
-            jvp(problem, [leaf[i : i + 1] for leaf in batch], [t[:, i : i + 1] for t in tangents])
-            for i in range(batch[0].shape[0])
-        ]
-        return torch.cat(parts, dim=1)
+    if varied(problem, tangents) and batch[0].shape[0] > 1:
+        pairs = zip(singly(batch), singly(tangents, 1), strict=True)
+        return torch.cat([jvp(problem, sample, own) for sample, own in pairs], dim=1)
     with math_attention():
         return on_graph(problem, batch, lambda values, y, _: _push(problem, values, y, tangents))
 

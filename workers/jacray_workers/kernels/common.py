@@ -24,6 +24,17 @@ def per_sample(leaf: Leaf) -> bool:
     return leaf.side != "param"
 
 
+def singly(tensors: Sequence[Tensor], axis: int = 0) -> Iterator[list[Tensor]]:
+    """Each sample of a batch as a batch of one; `axis` is the samples'."""
+    for i in range(tensors[0].shape[axis]):
+        yield [tensor.narrow(axis, i, 1) for tensor in tensors]
+
+
+def varied(problem: Problem, tangents: Sequence[Tensor]) -> bool:
+    """Whether a parameter has tangents of its own for every sample: one expanded over B is the same for all."""
+    return any(not per_sample(leaf) and v.stride(1) != 0 for leaf, v in zip(problem.leaves, tangents, strict=True))
+
+
 def leaf_dims(problem: Problem) -> tuple[int | None, ...]:
     """`in_dims` of the leaves' values for a `vmap` over samples."""
     return tuple(0 if per_sample(leaf) else None for leaf in problem.leaves)

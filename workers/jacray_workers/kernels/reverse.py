@@ -23,7 +23,9 @@ from jacray_workers.kernels.common import (
     per_sample,
     reach,
     sample_function,
+    singly,
     spans,
+    varied,
     whole,
 )
 from jacray_workers.problem.problem import Problem
@@ -96,8 +98,7 @@ def _unmapped(
     with math_attention():
         if all(per_sample(leaf) for leaf in problem.leaves):
             return work(problem.values(batch), batch)
-        alone = ([leaf[i : i + 1] for leaf in batch] for i in range(batch[0].shape[0]))
-        parts = [work(problem.values(sample), sample) for sample in alone]
+        parts = [work(problem.values(sample), sample) for sample in singly(batch)]
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
@@ -134,8 +135,7 @@ def _vjp_unmapped(
 ) -> list[Tensor]:
     """The same without `vmap` over samples."""
     if per_sample_params and len(batch[0]) > 1 and not all(per_sample(leaf) for leaf in problem.leaves):
-        alone = ([leaf[i : i + 1] for leaf in batch] for i in range(len(batch[0])))
-        parts = [vjp(problem, sample, cotangents[:, i : i + 1]) for i, sample in enumerate(alone)]
+        parts = [vjp(problem, sample, cotangents[:, i : i + 1]) for i, sample in enumerate(singly(batch))]
         return [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
     with math_attention():
         pull = func_vjp(lambda *leaves: problem.forward(leaves, batch), *problem.values(batch))[1]
@@ -189,11 +189,9 @@ def jvp(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -
 
 def _jvp_unmapped(problem: Problem, batch: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """The same without `vmap` over samples."""
-    apart = any(not per_sample(leaf) and v.stride(1) != 0 for leaf, v in zip(problem.leaves, tangents, strict=True))
-    if apart and len(batch[0]) > 1:
-        alone = ([leaf[i : i + 1] for leaf in batch] for i in range(len(batch[0])))
-        parts = [jvp(problem, sample, [v[:, i : i + 1] for v in tangents]) for i, sample in enumerate(alone)]
-        return torch.cat(parts, dim=1)
+    if varied(problem, tangents) and len(batch[0]) > 1:
+        pairs = zip(singly(batch), singly(tangents, 1), strict=True)
+        return torch.cat([jvp(problem, sample, own) for sample, own in pairs], dim=1)
     values = tuple(whole(problem.values(batch)))
     handed = [v if per_sample(leaf) else v[:, 0] for leaf, v in zip(problem.leaves, tangents, strict=True)]
 

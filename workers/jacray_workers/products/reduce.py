@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacray_workers.kernels import lacks, pick
-from jacray_workers.kernels.common import blocks_for, per_sample, spans
+from jacray_workers.kernels.common import blocks_for, per_sample, singly, spans
 from jacray_workers.plan import ArrayPlan, Shard
 from jacray_workers.problem.resolve import place
 from jacray_workers.problem.weights import Directions
@@ -213,8 +213,7 @@ class Reducer:
         def compute(unit: Unit) -> list[Tensor]:
             batch = place(self.problem, [leaf[unit.start : unit.stop] for leaf in self.prepared.leaves])
             if plan.compared and not alike(self.problem, batch):
-                singles = [[leaf[i : i + 1] for leaf in batch] for i in range(unit.stop - unit.start)]
-                found = [map(plain, self._compute(single, unit.rows, None)) for single in singles]
+                found = [map(plain, self._compute(single, unit.rows, None)) for single in singly(batch)]
                 return [torch.cat(parts) for parts in zip(*found, strict=True)]
             return self._compute(batch, unit.rows, self._memory("other", batch, unit.rows))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jacray_workers.errors import MethodError
 from jacray_workers.kernels import backward_loop
+from jacray_workers.kernels.common import singly
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.resolve import place
 from jacray_workers.trust.evidence import largest, relative
@@ -39,7 +40,7 @@ def alike(problem: Problem, batch: Sequence[Tensor]) -> bool:
     u = normal(torch.empty(size, problem.rows), generator(problem.seed)).to(problem.device, problem.dtype)
     try:
         among = _pulled(problem, batch, u)
-        parts = (_pulled(problem, [leaf[i : i + 1] for leaf in batch], u[i : i + 1]) for i in range(size))
+        parts = (_pulled(problem, sample, u[i : i + 1]) for i, sample in enumerate(singly(batch)))
         return _same(problem, among, parts)
     except MethodError:
         return False  # no backward, so nothing to compare
