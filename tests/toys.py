@@ -187,16 +187,10 @@ class Poisoned(nn.Module):
         return torch.tanh(self.linear(Checked.apply(x, self.poison, self.bound)))
 
 
-class Checked(torch.autograd.Function):
-    """The identity, which looks at its numbers as they are, also under vmap."""
+class Identity(torch.autograd.Function):
+    """The derivatives of the identity, which sees its numbers as they are, also under vmap; two more arguments."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, poison: str, bound: float) -> Tensor:
-        if Path(poison).exists() and float(x.detach().max()) > bound:
-            raise ValueError("poison")
-        return x.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -209,6 +203,16 @@ class Checked(torch.autograd.Function):
     @staticmethod
     def jvp(_ctx, t, *_):
         return t
+
+
+class Checked(Identity):
+    """The identity, which raises at numbers beyond a bound."""
+
+    @staticmethod
+    def forward(x: Tensor, poison: str, bound: float) -> Tensor:
+        if Path(poison).exists() and float(x.detach().max()) > bound:
+            raise ValueError("poison")
+        return x.clone()
 
 
 class Waits(nn.Module):
@@ -224,10 +228,8 @@ class Waits(nn.Module):
         return self.net(Held.apply(x, self.sample, self.gate))
 
 
-class Held(torch.autograd.Function):
+class Held(Identity):
     """The identity, which waits for a file where it sees a sample."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, sample: Tensor, gate: str) -> Tensor:
@@ -235,14 +237,25 @@ class Held(torch.autograd.Function):
             time.sleep(0.02)
         return x.clone()
 
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        pass
 
-    @staticmethod
-    def backward(_ctx, g):
-        return g, None, None
+class Scarce(nn.Module):
+    """Runs out of memory for more samples than `most` at a time, once `armed`; counts the samples that it computed.
 
-    @staticmethod
-    def jvp(_ctx, t, *_):
-        return t
+    Args:
+        most: samples.
+        error: what it says then.
+        copies: how often its outputs are repeated.
+    """
+
+    def __init__(self, most: int, error: Exception, copies: int = 1) -> None:
+        super().__init__()
+        self.most, self.error, self.copies = most, error, copies
+        self.seen: list[int] = []
+        self.armed = [False]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.armed[0]:
+            if x.shape[0] > self.most:
+                raise self.error
+            self.seen.append(x.shape[0])
+        return torch.cat([x.pow(3).cumsum(dim=1)] * self.copies, dim=1)

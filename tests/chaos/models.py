@@ -7,10 +7,11 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tests.toys import Identity
 
 
 class Careful(nn.Module):
@@ -32,10 +33,8 @@ class Careful(nn.Module):
         return self.net(_Step.apply(x, self.traps, self.seconds))
 
 
-class _Step(torch.autograd.Function):
-    """The identity, which sees its numbers as they are, also under vmap."""
-
-    generate_vmap_rule = True
+class _Step(Identity):
+    """The identity, which springs the traps of the samples that it sees."""
 
     @staticmethod
     def forward(x: Tensor, traps: str, seconds: float) -> Tensor:
@@ -46,18 +45,6 @@ class _Step(torch.autograd.Function):
             if int(sample) in samples and _takes(trap, int(times)):
                 _act(kind)
         return x.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient, None, None
-
-    @staticmethod
-    def jvp(_ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return tangent
 
 
 def _takes(trap: Path, times: int) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jacray
 import pytest
@@ -416,14 +417,22 @@ def parts(run: Path) -> set[int]:
     return {int(path.name) for path in (run / "results.zarr/parts/gram/c").glob("*") if any(path.rglob("*"))}
 
 
+def quiet_then_poisoned(
+    client: jacray.Client, model: Any, x: torch.Tensor, poison: Path, run: Path, fields: dict[str, Any]
+) -> jacray.Result:
+    """What a job gives; then the same job into a folder, where it fails at the poisoned sample."""
+    quiet = client.submit(model, x, **fields).result(timeout=60)
+    poison.touch()
+    with pytest.raises(Exception, match="poison"):
+        client.submit(model, x, to=run, **fields).result(timeout=60)
+    return quiet
+
+
 def test_the_parts_of_sums_go_once_they_are_added_up_and_a_resumed_sum_has_the_same_bits(tmp_path) -> None:
     model, x, poison = poisoned(tmp_path, at=37)
     fields = {**FIELDS, "chunk_size": 1}
     with jacray.Client("inline", shard_size=1) as client:
-        quiet = client.submit(model, x, **fields).result(timeout=60)
-        poison.touch()
-        with pytest.raises(Exception, match="poison"):
-            client.submit(model, x, to=tmp_path / "run", **fields).result(timeout=60)
+        quiet = quiet_then_poisoned(client, model, x, poison, tmp_path / "run", fields)
         assert parts(tmp_path / "run") == {32, 33, 34, 35, 36, 38, 39}
         kept = [path.name for path in (tmp_path / "run/results.zarr/parts").glob("kept.*")]
         assert kept == ["kept.32"]
@@ -444,10 +453,7 @@ def test_sums_so_far_that_are_damaged_are_made_anew(tmp_path) -> None:
     model, x, poison = poisoned(tmp_path, at=37)
     fields = {**FIELDS, "chunk_size": 1}
     with jacray.Client("inline", shard_size=1) as client:
-        quiet = client.submit(model, x, **fields).result(timeout=60)
-        poison.touch()
-        with pytest.raises(Exception, match="poison"):
-            client.submit(model, x, to=tmp_path / "run", **fields).result(timeout=60)
+        quiet = quiet_then_poisoned(client, model, x, poison, tmp_path / "run", fields)
         poison.unlink()
         for path in (tmp_path / "run/results.zarr/parts/kept.32").rglob("c/*"):
             for file in path.rglob("*"):

@@ -20,6 +20,7 @@ from jacray_workers.request import make_request
 from torch import Tensor, nn
 
 from tests import reference
+from tests.toys import Scarce
 
 ROWS, SAMPLES = 10, 12
 
@@ -219,26 +220,10 @@ def test_a_cause_tells_that_memory_ran_out() -> None:
     assert not out_of_memory(ValueError("backward failed"))
 
 
-class Scarce(nn.Module):
-    """Says as torch does on a CPU that memory ran out, for more samples than `most`, once `armed`."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most = most
-        self.seen: list[int] = []
-        self.armed = [False]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.armed[0]:
-            if x.shape[0] > self.most:
-                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
-            self.seen.append(x.shape[0])
-        return torch.cat([x.pow(3).cumsum(dim=1)] * 20, dim=1)
-
-
 @pytest.mark.parametrize("method", ["backward_loop", "layerwise"])
 def test_each_sample_is_computed_once_where_it_was_complete(method: str) -> None:
-    model, x = Scarce(4), torch.randn(11, 3, dtype=torch.float64)
+    on_a_cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+    model, x = Scarce(4, on_a_cpu, copies=20), torch.randn(11, 3, dtype=torch.float64)
     prepared = prepare(model, x, make_request(method=method, chunk_size=11))
     model.armed[0] = True
     result = run_shard(prepared, prepared.plan.shard(0))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tests import reference
 from tests.door import compute
+from tests.toys import Scarce
 
 
 def test_a_line_through_two_measurements() -> None:
@@ -71,29 +72,12 @@ def test_what_cannot_fit_is_refused_before_running_with_both_figures() -> None:
         compute(net, torch.randn(4, 100), memory_budget=10_000)
 
 
-class Scarce(nn.Module):
-    """Runs out of memory for more samples than `most` at a time, once `armed`; counts the samples that it computed."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most = most
-        self.seen: list[int] = []
-        self.armed = [False]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.armed[0]:
-            if x.shape[0] > self.most:
-                raise torch.OutOfMemoryError("injected")
-            self.seen.append(x.shape[0])
-        return x.pow(3).cumsum(dim=1)
-
-
 def test_running_out_halves_the_chunk_and_goes_on_from_the_rows_done() -> None:
     from jacray_workers.engine import assemble, combine, prepare, run_shard
     from jacray_workers.request import make_request
 
     # Three rows are folded into the batch, so four samples are twelve to the model.
-    model, x = Scarce(12), torch.randn(37, 3, dtype=torch.float64)
+    model, x = Scarce(12, torch.OutOfMemoryError("injected")), torch.randn(37, 3, dtype=torch.float64)
     prepared = prepare(model, x, make_request(method="backward_loop", chunk_size=16))
     model.armed[0] = True
     done: list[int] = []
@@ -110,7 +94,7 @@ def test_one_sample_that_does_not_fit_is_told() -> None:
     from jacray_workers.engine import prepare, run_shard
     from jacray_workers.request import make_request
 
-    model, x = Scarce(0), torch.randn(5, 3)
+    model, x = Scarce(0, torch.OutOfMemoryError("injected")), torch.randn(5, 3)
     prepared = prepare(model, x, make_request(method="backward_loop", chunk_size=4))
     model.armed[0] = True
     with pytest.raises(BudgetError, match="one sample at a time"):
