@@ -24,10 +24,6 @@ class ProcessLostError(FaultError):
     """The process ended while it worked."""
 
 
-class TooLongError(Exception):
-    """The process did not answer in time and was ended."""
-
-
 class Process:
     """One child process that answers frames, one at a time.
 
