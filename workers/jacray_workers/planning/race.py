@@ -35,7 +35,10 @@ LONG_SECONDS = 0.15
 # Methods this close to the best run again in turns, for a busy moment may have met only one of them.
 CLOSE = 1.6
 TURNS = 4
+# The seconds that this may take; or this share of a long job, within the bound.
 REMATCH_SECONDS = 0.2
+REMATCH_SHARE = 0.1
+REMATCH_MOST = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,10 @@ def rematch(case: Case, field: Sequence[Tried]) -> list[Tried]:
     """The same field, where those that came out close to the best have run again, one after the other in turns."""
     fast = min((t.candidate.seconds for t in field if t.line is not None), default=0.0)
     close = [t for t in field if t.line is not None and t.count and t.candidate.seconds <= CLOSE * fast]
-    limit = min(REMATCH_SECONDS, TRIAL_JOBS * fast)
-    # A turn of long runs is dear, and a busy moment weighs little on them.
-    if (
-        len(close) < 2
-        or sum(t.candidate.seconds / _whole(case, t.candidate, 1.0, t.count, t.rows) for t in close) > limit
-    ):
+    # Long runs too: they were timed once, while watched, which costs a method of many calls more than one of few.
+    limit = max(min(REMATCH_SECONDS, TRIAL_JOBS * fast), min(REMATCH_SHARE * fast, REMATCH_MOST))
+    close = _affordable(case, close, limit)
+    if len(close) < 2:
         return list(field)
     runs = {t.candidate.method: _again(case, t) for t in close}
     seconds = {t.candidate.method: t.candidate.seconds for t in close}
@@ -126,6 +127,17 @@ def rematch(case: Case, field: Sequence[Tried]) -> list[Tried]:
         )
         for t in field
     ]
+
+
+def _affordable(case: Case, close: Sequence[Tried], limit: float) -> list[Tried]:
+    """The fastest of them, as many as run once each within the limit."""
+    found: list[Tried] = []
+    for tried in sorted(close, key=lambda t: t.candidate.seconds):
+        limit -= tried.candidate.seconds / _whole(case, tried.candidate, 1.0, tried.count, tried.rows)
+        if limit < 0:
+            break
+        found.append(tried)
+    return found
 
 
 def _again(case: Case, tried: Tried) -> Any:
