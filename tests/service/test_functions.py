@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jacray
 import pytest
 import torch
@@ -63,3 +66,22 @@ def test_the_callers_memory_is_not_the_results(monkeypatch: pytest.MonkeyPatch) 
     result = jacray.compute(torch.nn.Identity(), x, returns=["outputs"])
     result.outputs.zero_()
     assert x.abs().sum() > 0
+
+
+def test_what_torch_loads_on_first_use_is_no_part_of_a_method_s_seconds() -> None:
+    # A process of its own, in which no derivative of torch.func has run: its first call takes a second and more.
+    program = """
+import jacray, torch
+from torch import nn
+net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+plan = jacray.plan(net, torch.rand(20_000, 1, 8, 8))
+print(*(f"{c.method} {c.measured} {c.seconds}" for c in plan.candidates if not c.refused))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=200)
+    words = ran.stdout.split()
+    found = {
+        name: float(s) for name, tried, s in zip(words[::3], words[1::3], words[2::3], strict=True) if tried == "True"
+    }
+    assert "reverse" in found
+    # Two samples and the loading, taken for the pace of all, came to hours.
+    assert found["reverse"] < 60 * found["layerwise"]

@@ -19,6 +19,8 @@ def explain_plan(plan: Plan) -> str:
     lines += [f"cut       {cut}" for cut in plan.cuts]
     lines += [f"result    {a.key}: {list(a.shape)} {a.dtype}{' in factors' if a.factored else ''}" for a in plan.arrays]
     lines += ["", *_table(plan)]
+    if any(not c.measured and not c.refused for c in plan.candidates):
+        lines.append("  ~ priced by operations and bytes, which few runs come near; not tried, since it could not pay")
     lines += ["", *(f"note: {note}" for note in plan.notes)] if plan.notes else []
     return "\n".join(lines)
 
@@ -33,8 +35,9 @@ def _row(c: Candidate, chosen: bool) -> str:
     if c.refused:
         return f"{mark} {c.method:<14}refused: {c.refused}"
     seconds = f"{c.seconds:.3g}" if c.measured else f"~{c.seconds:.3g}"
+    peak = size(c.peak_bytes) if c.peak_bytes else "-"
     return (
-        f"{mark} {c.method:<14}{count(c.operations):>12}{size(c.bytes_moved):>12}{size(c.peak_bytes):>12}"
+        f"{mark} {c.method:<14}{count(c.operations):>12}{size(c.bytes_moved):>12}{peak:>12}"
         f"{count(c.launches):>10}{seconds:>12}"
     )
 

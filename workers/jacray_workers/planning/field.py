@@ -25,6 +25,8 @@ FIELD = 6.0
 # Not once one does: the first trial of a process also loads what torch loads on first use, a second or more.
 FIELD_SECONDS = 2.0
 FIELD_JOBS = 2.0
+# A first look so many times as long as predicted is repeated, unless it took more than so many seconds.
+SURPRISE, RELOOK_SECONDS = 4.0, 3.0
 # The seconds that loading torch's compiler takes, for how many jobs it must not stand, and how near to the prediction.
 LOAD_SECONDS, LOAD_JOBS, LOAD_NEAR = 1.0, 100, 2.0
 
@@ -162,9 +164,9 @@ def _measured(case: Case, candidate: Candidate, batch: list[Tensor], first: Look
     held = sum(b.nbytes_factored for b in first.blocks if isinstance(b, Block) and kept_as_factors(b)) / size
     first.blocks.clear()
     each_row = None
-    if first.seconds > LONG_SECONDS:
-        # One look at long work tells its pace: what its first call does besides, and the watching, weigh little.
-        pace = paced(case, candidate, first.seconds, size)
+    long = _steady(case, candidate, batch, first.seconds) if first.seconds > LONG_SECONDS else 0.0
+    if long > LONG_SECONDS:
+        pace = paced(case, candidate, long, size)
         if pace.seconds > BEHIND * best:
             return Tried(dataclasses.replace(candidate, seconds=pace.seconds, measured=True))
         line, each_row = _peaks(case, candidate, batch, first.peak)
@@ -181,6 +183,18 @@ def _measured(case: Case, candidate: Candidate, batch: list[Tensor], first: Look
     cuts = describe(problem, batch) if describe and case.work == "jacobian" else ()
     each = held * problem.rows / max(len(case.rows), 1)
     return Tried(priced, line, factored, cuts, each, pace.count, pace.rows, each_row)
+
+
+def _steady(case: Case, candidate: Candidate, batch: list[Tensor], first: float) -> float:
+    """The seconds of long work by its first look, which tells its pace where a first call's own costs weigh little.
+
+    They do not where it took far longer than predicted, as when torch has just loaded what a method needs: then it runs
+    once more.
+    """
+    share = paced(case, candidate, 1.0, batch[0].shape[0]).seconds
+    if first > RELOOK_SECONDS or first * share < SURPRISE * candidate.seconds:
+        return first
+    return min(first, pricing.once(runner(case, pick(candidate.method), batch), case.problem.device))
 
 
 def _line(case: Case, kernel: Any, batch: list[Tensor]) -> tuple[memory.Line, float, float]:
