@@ -59,7 +59,7 @@ export function spectrum(values) {
   const x = (i) => L + (W - L - R) * (values.length > 1 ? i / (values.length - 1) : .5);
   const y = (v) => T + (H - T - B) * (high - Math.log10(v)) / (high - low);
   const step = Math.max(1, Math.ceil((high - low) / 5)), first = Math.floor(low);
-  const between = high - low < 1.6 ? [1, 2, 5] : [1];
+  const between = high - low < .8 ? [1, 1.5, 2, 3, 4, 6] : high - low < 1.6 ? [1, 2, 5] : [1];
   const ticks = Array.from({ length: 40 }, (_, i) => between.map((d) => d * 10 ** (first + i * step))).flat()
     .filter((v) => Math.log10(v) <= high && Math.log10(v) >= low);
   for (const tick of ticks) {
