@@ -34,7 +34,7 @@ export function scale(limit) {
   const row = document.createElement("p"), steps = 101;
   row.className = "scale";
   const ramp = Array.from({ length: steps }, (_, i) => limit * (2 * i / (steps - 1) - 1));
-  row.append(`≤ ${short(-limit)}`, heatMap(ramp, 1, steps, limit), `≥ ${short(limit)}`);
+  row.append(`≤\u00a0${short(-limit)}`, heatMap(ramp, 1, steps, limit), `≥\u00a0${short(limit)}`);
   row.querySelector("canvas").setAttribute("aria-label", "blue is negative, white zero, red positive");
   return row;
 }
