@@ -63,7 +63,8 @@ class Books:
     def record(self, plan: Plan) -> Record:
         """Where the job's shards are noted. The store must have been begun."""
         identity = "" if self.row is None else self.row.id
-        return Record(self.journal, identity, plan, _intact(self.target))
+        still_ours = None if self.mirror is None else self.mirror.lease.check
+        return Record(self.journal, identity, plan, _intact(self.target), still_ours)
 
     def end(self, error: BaseException | None) -> None:
         """Note how the job ended, and let go of the journal."""

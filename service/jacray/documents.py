@@ -80,6 +80,28 @@ def read(path: Path) -> Document:
     return parse(text, name)
 
 
+def fetch(url: str) -> Document:
+    """Read a file behind a URL, such as the spec of a run there.
+
+    Raises:
+        SpecError: naming the URL and the rule.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        files, path = url_to_fs(url)
+        size = int(files.size(path) or 0)
+        if size > MAX_BYTES:
+            raise SpecError(url, f"must be at most {MAX_BYTES:,} bytes", size, "put numbers into a file")
+        text = bytes(files.cat_file(path)).decode("utf-8-sig")
+    except SpecError:
+        raise
+    except Exception as error:  # noqa: BLE001  (every store has errors of its own, and none of them is a fault of ours)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SpecError(url, f"must be a readable YAML file, but {reason}") from None
+    return parse(text, url)
+
+
 def parse(text: str, name: str) -> Document:
     """Read a text that must hold one mapping.
 

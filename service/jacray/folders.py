@@ -13,16 +13,19 @@ from typing import Any
 
 from jacray_workers.errors import Plain, SpecError, UserError
 
-from jacray import documents
+from jacray import documents, url_runs
+from jacray.documents import Document
+from jacray.lock import hold
 from jacray.plans import PINNED
 from jacray.spec import Run, resolved
-from jacray.target import JOURNAL
+from jacray.target import JOURNAL, Target
 
 SPEC, RESULTS, RECEIPT, REPORT = "spec.yaml", "results.zarr", "receipt.json", "report.html"
 JOURNALS = (JOURNAL, f"{JOURNAL}-wal", f"{JOURNAL}-shm")
 OURS = (SPEC, RESULTS, RECEIPT, REPORT, *JOURNALS)
 # What may differ between two runs of the same spec: where they ran, and what is done with the results.
 _ASIDE = ("cluster", "output")
+KEY = "output.path"
 
 
 @dataclass(frozen=True)
@@ -72,30 +75,54 @@ def check_free(run: Run) -> bool:
         SpecError: the folder cannot be written to, holds what no run wrote, or holds the run of another spec; the
             error says what differs and how to go on.
     """
-    folder = RunFolder(run.folder)
-    key = "output.path"
     with run.naming():
-        if run.folder.exists() and not run.folder.is_dir():
-            raise SpecError(key, "must be a folder", Plain(str(run.folder)))
-        if Path.cwd().is_relative_to(run.folder.resolve()):
-            raise SpecError(
-                key, "must not be the folder one stands in, which is replaced whole", Plain(str(run.folder))
-            )
-        above = next(p for p in (run.folder, *run.folder.absolute().parents) if p.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise SpecError(key, f"must lie where one may write, which {above} is not", Plain(str(run.folder)))
+        if run.folder is None:
+            return url_runs.check_free(run)
+        folder = RunFolder(run.folder)
+        _check_writable(run.folder)
         if not run.folder.exists():
             return False
         if not folder.is_run and any(run.folder.iterdir()):
             rule = "must be a new folder, an empty one, or one that a run wrote"
-            raise SpecError(key, rule, Plain(str(run.folder)), "choose another output.path")
-        if folder.spec.is_file() and not run.spec.output.overwrite:
-            changed = differences(documents.read(folder.spec).data, _open(run))
-            if changed:
-                rule = f"holds the run of another spec ({'; '.join(changed)})"
-                way_out = "choose another output.path, or set output.overwrite=true"
-                raise SpecError(key, rule, Plain(str(run.folder)), way_out)
-        return folder.journal.is_file() and not run.spec.output.overwrite
+            raise SpecError(KEY, rule, Plain(str(run.folder)), "choose another output.path")
+        if run.spec.output.overwrite:
+            check_idle(run.folder)
+            return False
+        if folder.spec.is_file():
+            refuse_another(documents.read(folder.spec), run)
+        return folder.journal.is_file()
+
+
+def _check_writable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SpecError(KEY, "must be a folder", Plain(str(folder)))
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise SpecError(KEY, "must not be the folder one stands in, which is replaced whole", Plain(str(folder)))
+    above = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise SpecError(KEY, f"must lie where one may write, which {above} is not", Plain(str(folder)))
+
+
+def check_idle(folder: Path) -> None:
+    """Refuse to replace the run of a process that still computes.
+
+    Raises:
+        JobError: it does.
+    """
+    os.close(hold(folder / JOURNAL))
+
+
+def refuse_another(there: Document, run: Run) -> None:
+    """Refuse to mix two runs.
+
+    Raises:
+        SpecError: the spec that a place holds is another; says what differs and how to go on.
+    """
+    changed = differences(there.data, _open(run))
+    if changed:
+        rule = f"holds the run of another spec ({'; '.join(changed)})"
+        way_out = "choose another output.path, or set output.overwrite=true"
+        raise SpecError(KEY, rule, Plain(run.place), way_out)
 
 
 def _open(run: Run) -> dict[str, Any]:
@@ -155,7 +182,7 @@ def room(path: Path, *, goes_on: bool = False) -> Iterator[None]:
         _move_ours(path, aside)
         yield
     except BaseException:
-        if not aside.exists() and finished(path):
+        if not aside.exists() and finished(Target(str(path))):
             raise
         _remove_ours(path)
         _move_ours(aside, path)
@@ -167,16 +194,14 @@ def room(path: Path, *, goes_on: bool = False) -> Iterator[None]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def finished(path: Path) -> tuple[int, int] | None:
-    """How many shards of the run in a folder are finished, of how many; None where none is."""
-    from jacray.journal import Journal
+def finished(target: Target) -> tuple[int, int] | None:
+    """How many shards of the run in a folder or behind a URL are finished, of how many; None where none is."""
+    from jacray.mirror import reading
 
-    if not (path / JOURNAL).is_file():
-        return None
     try:
-        with Journal(path / JOURNAL, read_only=True) as journal:
-            jobs = journal.jobs()
-            done = journal.counts(jobs[0].id).done if jobs else 0
+        with reading(target) as journal:
+            jobs = [] if journal is None else journal.jobs()
+            done = journal.counts(jobs[0].id).done if journal is not None and jobs else 0
             return (done, jobs[0].shards) if done else None
     except UserError:  # a journal that cannot be read is of no use to anybody
         return None

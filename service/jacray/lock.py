@@ -24,7 +24,7 @@ def hold(path: Path) -> int:
         except BlockingIOError:
             if last:
                 os.close(held)
-                rule, way_out = "is in use by another process", "wait for it, or choose another folder"
+                rule, way_out = f"is in use by {holder(path.parent)}", "wait for it, end it, or choose another folder"
                 raise JobError("journal", rule, Plain(str(path.parent)), way_out) from None
             time.sleep(0.05)  # a reader that looks whether anybody writes holds it for a moment
         except OSError:  # a file system without locks: nobody can tell, so nobody is refused
@@ -32,3 +32,15 @@ def hold(path: Path) -> int:
         else:
             break
     return held
+
+
+def holder(folder: Path) -> str:
+    """Who holds a folder's lock, in words; of this machine's processes by number, where Linux tells."""
+    try:
+        found = folder.stat()
+        place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return "another process"
+    holders = [line[4] for line in lines if len(line) > 5 and line[1] == "FLOCK" and line[5] == place]
+    return "this process" if str(os.getpid()) in holders else f"process {holders[0]}" if holders else "another process"

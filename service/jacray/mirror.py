@@ -1,9 +1,10 @@
 """The journal of a job whose results go to a URL: kept on this machine while the job runs, and copied there.
 
 SQLite needs a file system that locks and writes in place, which object stores are not. So the journal lies in the
-user's cache folder, which also keeps two jobs of this machine from one place; a copy, whole or not at all, goes beside
+user's cache folder; a copy, whole or not at all, goes beside
 the results when the job begins, every now and then, and when it ends. A coordinator that is killed goes on from its own
 file where it is started again on the same machine, and elsewhere from the copy: what that lacks is computed again.
+Beside the copy lies a lease, so that no two coordinators anywhere compute into one place (`url_lease`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from jacray_workers.errors import UserError
 from jacray.journal import Journal
 from jacray.store.faults import writing
 from jacray.target import JOURNAL, Target
+from jacray.url_lease import UrlLease
 
 # How long what has happened may be known here only; copying takes no more than a part of a job's time.
 PERIOD = 2.0
@@ -37,20 +39,27 @@ class Mirror:
 
     Attributes:
         journal: the one to write to.
+        lease: what keeps others away.
 
     Raises:
-        JobError: another process of this machine computes into that place.
+        JobError: another job computes into that place, here or elsewhere.
         StorageError: the journal cannot be made here, or the copy not be read.
     """
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self._folder = _home(target)
-        self.journal = Journal(self._folder / JOURNAL)
+        self.lease = UrlLease(target)
+        try:
+            self.journal = Journal(self._folder / JOURNAL)
+        except BaseException:
+            self.lease.close()
+            raise
         try:
             self._ahead = self._take_over()
         except BaseException:
             self.journal.close()
+            self.lease.close()
             raise
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -73,7 +82,7 @@ class Mirror:
             StorageError: it cannot be written there.
         """
         changes = self.journal.changes
-        if changes == self._copied:
+        if changes == self._copied or self.lease.lost:  # what is there now is another's
             return
         with tempfile.TemporaryDirectory(prefix="jacray-") as folder, writing(self.target):
             self.target.write_bytes(JOURNAL, self.journal.copied(Path(folder) / JOURNAL))
@@ -90,9 +99,10 @@ class Mirror:
             if self._thread is not None:
                 self._thread.join()
                 self.copy()
-                self._ahead = False
+                self._ahead = self.lease.lost
         finally:
             self.journal.close()
+            self.lease.close()
         if not self._ahead:
             shutil.rmtree(self._folder, ignore_errors=True)
 

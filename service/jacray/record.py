@@ -25,11 +25,19 @@ class Record:
         job: the job's id.
         plan: how it is computed.
         intact: looks at what a finished shard has written; None where nothing is written and nothing can be kept.
+        still_ours: raises where another coordinator has taken the job over.
     """
 
-    def __init__(self, journal: Journal, job: str, plan: Plan, intact: Intact | None) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        job: str,
+        plan: Plan,
+        intact: Intact | None,
+        still_ours: Callable[[], None] | None = None,
+    ) -> None:
         self.journal, self.job, self.plan = journal, job, plan
-        self._intact = intact
+        self._intact, self._still_ours = intact, still_ours
 
     @property
     def keeps(self) -> bool:
@@ -46,7 +54,13 @@ class Record:
                 yield result, row.worker
 
     def done(self, step: Done) -> None:
-        """Note a shard that is done."""
+        """Note a shard that is done.
+
+        Raises:
+            JobError: another coordinator has taken the job over.
+        """
+        if self._still_ours is not None:
+            self._still_ours()
         result = step.result
         row = ShardRow(
             result.shard.index, "done", step.attempt, step.worker, seconds=result.seconds, detail=_detail(result)

@@ -13,8 +13,8 @@ from jacray_workers.plan import Plan
 from jacray_workers.problem.far import far_inputs
 from jacray_workers.sources.ranged import Rows
 
-from jacray import emit, store
-from jacray.folders import RECEIPT, RunFolder
+from jacray import emit, store, url_runs
+from jacray.folders import RECEIPT, REPORT, SPEC
 from jacray.plans import pins
 from jacray.result import Result
 from jacray.spec import Run, resolved
@@ -27,24 +27,26 @@ __all__ = ["StoredResult", "begin", "load", "pins", "save", "target"]
 
 def target(run: Run) -> Target:
     """Where a run's workers write."""
-    output = run.spec.output
-    return Target(str(run.folder.expanduser().absolute()), compression=output.compression)
+    if run.folder is None:
+        return url_runs.target(run)
+    return Target(str(run.folder.expanduser().absolute()), compression=run.spec.output.compression)
 
 
 def begin(run: Run, plan: Plan) -> None:
-    """Write `spec.yaml`, by which a folder is a run's, while its job computes."""
-    text = emit.dump(resolved(run, pins(plan)), f"Replays this run: jacray run {run.folder}/spec.yaml")
-    target(run).write(RunFolder(run.folder).spec.name, text)
+    """Write `spec.yaml`, by which a place is a run's, while its job computes."""
+    text = emit.dump(resolved(run, pins(plan)), f"Replays this run: jacray run {run.place}/{SPEC}")
+    where = target(run)
+    with store.writing(where):
+        where.write(SPEC, text)
 
 
-def save(run: Run, work: Work, result: Result) -> RunFolder:
-    """Finish a run's folder: `receipt.json` and, if asked for, `report.html`. The numbers are there already."""
-    folder = RunFolder(run.folder)
+def save(run: Run, work: Work, result: Result) -> None:
+    """Finish a run: `receipt.json` and, if asked for, `report.html`. The numbers are there already."""
+    where = target(run)
     receipt = {**result.receipt, "spec": resolved(run, pins(result.plan)), "digests": work.digests}
-    target(run).write(RECEIPT, json.dumps(store.plain(receipt), indent=1, default=str) + "\n")
+    where.write(RECEIPT, json.dumps(store.plain(receipt), indent=1, default=str) + "\n")
     if run.spec.output.report:
-        _write_report(folder, run, work, receipt)
-    return folder
+        _write_report(where, run, work, receipt)
 
 
 def _bytes(name: str, value: Any) -> int:
@@ -53,13 +55,14 @@ def _bytes(name: str, value: Any) -> int:
     return value
 
 
-def _write_report(folder: RunFolder, run: Run, work: Work, receipt: Mapping[str, Any]) -> None:
-    from jacray.report import write_report
+def _write_report(where: Target, run: Run, work: Work, receipt: Mapping[str, Any]) -> None:
+    from jacray.report import page
 
-    result = StoredResult(store.open_store(target(run)), lambda: receipt)
+    result = StoredResult(store.open_store(where), lambda: receipt)
     inputs = work.loaded.inputs
     shown = far_inputs(inputs) if isinstance(inputs, Rows) else inputs
-    write_report(folder.path, result, inputs=shown, fields=work.loaded.fields, title=run.folder.name)
+    text = page(result, inputs=shown, fields=work.loaded.fields, title=run.title, beside=set(where.names()))
+    where.write_bytes(REPORT, text.encode("utf-8", errors="replace"))  # a folder need not be named in UTF-8
 
 
 def load(path: str | Path | Target, *, small: int | None = None) -> StoredResult:

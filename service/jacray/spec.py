@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jacray_workers.errors import SpecError, UserError
+from jacray_workers.errors import Plain, SpecError, UserError
 from jacray_workers.models.specs import ModelSpec
 from jacray_workers.request import Request
 from jacray_workers.sources.specs import InputSpec
@@ -23,6 +23,8 @@ from jacray.overrides import override
 from jacray.plans import PINNED, Pin
 
 Count = Annotated[int, Field(strict=True, ge=1, le=100_000)]
+WRITABLE = ("file", "local", "memory", "s3", "gs", "gcs", "az", "abfs", "abfss")
+"""URLs that results may go to: of the inputs' those that take objects whole, and `local`, a folder as such a store."""
 _ADDRESSES = ("inline", "local", "auto")
 
 
@@ -71,7 +73,8 @@ class Output(Spec):
     """Where the results go."""
 
     path: SpecPath | None = Field(
-        default=None, description="the run folder, from the folder one stands in; runs/NAME by default"
+        default=None,
+        description="the run folder, from the folder one stands in, or a URL (s3://BUCKET/RUN); runs/NAME by default",
     )
     report: StrictBool = True
     overwrite: StrictBool = Field(default=False, description="replace the run of another spec")
@@ -81,12 +84,26 @@ class Output(Spec):
 
     @field_validator("path")
     @classmethod
-    def _is_a_folder(cls, path: str | None) -> str | None:
-        """A path with a scheme would be made as a folder of that name."""
+    def _is_a_place(cls, path: str | None) -> str | None:
         if path is not None and is_url(path):
-            way_out = "results go to a URL by client.submit(..., to=URL)"
-            raise SpecError("", "must be a folder of this machine, for its page and its spec", path, way_out)
+            check_url(path)
         return path
+
+
+def check_url(url: str) -> None:
+    """Refuse a URL that a run cannot be written to.
+
+    Raises:
+        SpecError: its scheme is none that takes results, it is a chain of several, or it holds a password.
+    """
+    scheme, _, rest = url.partition("://")
+    if "::" in url or scheme not in WRITABLE:
+        raise SpecError("", f"must be a folder, or a URL of {', '.join(WRITABLE)}", url)
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    if at and ":" in user:
+        way_out = "give it in the environment, as the store's own tools take it"
+        rule = "must hold no password, since a run's spec shows its path"
+        raise SpecError("", rule, Plain(f"{scheme}://NAME:...@"), way_out)
 
 
 class RunSpec(Spec):
@@ -116,13 +133,25 @@ class Run:
         spec: the blocks, defaults filled in.
         document: the YAML with its overrides.
         base: the folder that relative paths start from.
-        folder: the run folder.
+        folder: the run folder; None for a run behind a URL.
+        url: the URL of such a run, without a slash at its end; else empty.
     """
 
     spec: RunSpec
     document: Document
     base: Path
-    folder: Path
+    folder: Path | None
+    url: str = ""
+
+    @property
+    def place(self) -> str:
+        """The run folder or the URL, as it was given."""
+        return self.url or str(self.folder)
+
+    @property
+    def title(self) -> str:
+        """A name for people."""
+        return self.place.rpartition("/")[2]
 
     @contextlib.contextmanager
     def naming(self) -> Iterator[None]:
@@ -143,13 +172,18 @@ class Run:
 def read_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
     """Read a YAML file, apply overrides, and check everything that can be checked without reading data.
 
+    The file may be behind a URL, as the spec of a run there is; relative paths in it start from where one stands.
+
     Raises:
         SpecError: naming the file and line or the override, the key, the rule, the value and the nearest known name.
     """
-    path = Path(path)
-    document = override(documents.read(path), overrides)
+    document = override(documents.fetch(str(path)) if is_url(str(path)) else documents.read(Path(path)), overrides)
     spec = check(document)
-    return Run(spec, document, path.parent, Path(spec.output.path or f"runs/{path.stem}").expanduser())
+    base = Path() if is_url(str(path)) else Path(path).parent
+    place = spec.output.path or f"runs/{Path(path).stem}"
+    if is_url(place) and not place.startswith("file://"):
+        return Run(spec, document, base, None, place.rstrip("/"))
+    return Run(spec, document, base, Path(place.removeprefix("file://")).expanduser())
 
 
 def check(document: Document) -> RunSpec:
@@ -169,6 +203,8 @@ def _located(error: UserError, document: Document) -> UserError:
     first = key.partition(".")[0]
     if first in Request.model_fields:
         key = f"request.{key}"
+    elif key in ("to", "journal"):  # what `submit` calls it
+        key = "output.path"
     return type(error)(f"{document.place(key)}: {key}", error.rule, error.value, error.way_out)
 
 
@@ -185,12 +221,14 @@ def schema() -> dict[str, Any]:
 def resolved(run: Run, pins: Mapping[Pin, Any] | None = None) -> dict[str, Any]:
     """The run as plain data with every default written out, its relative paths starting from the run folder.
 
+    Of a run behind a URL its local paths are whole ones, of this machine.
+
     Args:
         run: the run.
         pins: what the plan decided, put in where the spec left it open.
     """
     data: dict[str, Any] = _plain(run.spec.model_dump())
-    data["output"] |= {"path": str(run.folder), "overwrite": False}
+    data["output"] |= {"path": run.place, "overwrite": False}
     for block in ("model", "inputs"):
         data[block] = _moved(data[block], run.base, run.folder)
     for key in ("weights", "vectors"):
@@ -225,7 +263,7 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _moved(value: Any, base: Path, folder: Path) -> Any:
+def _moved(value: Any, base: Path, folder: Path | None) -> Any:
     """The same block with paths that start from another folder."""
     if not isinstance(value, Mapping):
         return value
@@ -241,7 +279,7 @@ def _moved(value: Any, base: Path, folder: Path) -> Any:
     }
 
 
-def _rebased(path: Any, base: Path, folder: Path) -> Any:
+def _rebased(path: Any, base: Path, folder: Path | None) -> Any:
     if not isinstance(path, str) or Path(path).is_absolute() or path.startswith("~") or is_url(path):
         return path
-    return os.path.relpath(base / path, folder)
+    return os.path.normpath((base / path).absolute()) if folder is None else os.path.relpath(base / path, folder)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +71,7 @@ class Target:
     def write_bytes(self, name: str, data: bytes) -> None:
         """Put a file beside the numbers, whole or not at all."""
         if self.path is None:
-            self._files().pipe_file(f"{self.url}/{name}", data)
+            self._put(name, data)
             return
         self.path.mkdir(parents=True, exist_ok=True)
         beside = self.path / f".{name}.{os.getpid()}"
@@ -79,6 +82,16 @@ class Target:
             beside.unlink(missing_ok=True)
             raise
 
+    def _put(self, name: str, data: bytes) -> None:
+        files, place = self._files(), f"{self.url}/{name}"
+        if self.url.startswith("local://"):  # a folder as a store: the only one that shows what is being written
+            beside = f"{self.url}/.{name}.{os.getpid()}.{threading.get_ident()}"
+            files.makedirs(self.url, exist_ok=True)
+            files.pipe_file(beside, data)
+            files.mv(beside, place)
+        else:
+            files.pipe_file(place, data)
+
     def sizes(self) -> dict[str, int]:
         """The bytes of every file of the numbers, by its path within them; in few requests, whatever their number."""
         import fsspec
@@ -86,6 +99,29 @@ class Target:
         files, root = fsspec.core.url_to_fs(self.results, **self.options)
         files.invalidate_cache()
         return {path[len(root) :].lstrip("/"): info["size"] for path, info in files.find(root, detail=True).items()}
+
+    def names(self) -> list[str]:
+        """What lies at the top, by name; empty where there is nothing."""
+        if self.path is not None:
+            return sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        files = self._files()
+        files.invalidate_cache()
+        try:
+            found = files.ls(self.url, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted({str(path).rstrip("/").rpartition("/")[2] for path in found})
+
+    def remove(self, name: str) -> None:
+        """Take a file, or a folder with all that is in it, away; nothing happens where there is none."""
+        if self.path is not None:
+            found = self.path / name
+            shutil.rmtree(found) if found.is_dir() else found.unlink(missing_ok=True)
+            return
+        files = self._files()
+        files.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            files.rm(f"{self.url}/{name}", recursive=True)
 
     def begun(self) -> list[Path]:
         """What writers who were killed have left of files that they were writing here."""

@@ -19,7 +19,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from jacray.report import blocks, figures, images, overall, samples, write_report
+from jacray.report import blocks, figures, images, overall, page, samples
 from jacray.report.material import gather, singular_values
 from jacray.report.texts import describe, duration, number
 from jacray.report.views import views
@@ -117,12 +117,12 @@ def computed(model: Any, x: Any, receipt: dict[str, Any] | None = None, **reques
 
 
 def written(folder: Path, result: Any, **options: Any) -> Page:
-    path = write_report(folder, result, **options)
-    assert path == folder / "report.html"
-    assert path.stat().st_size < 3e6
-    page = Page(path.read_text(encoding="utf-8"))
-    well_made(page)
-    return page
+    beside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    text = page(result, beside=beside, **options)
+    assert len(text.encode()) < 3e6
+    made = Page(text)
+    well_made(made)
+    return made
 
 
 def well_made(page: Page) -> None:

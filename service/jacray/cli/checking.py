@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 from jacray_workers.errors import Plain, UserError
 
 from jacray.checking import Findings, check
 from jacray.cli.failures import MISTAKE
-from jacray.folders import RunFolder
+from jacray.folders import SPEC
 from jacray.store import Damage
 from jacray.target import as_target
 
@@ -65,9 +64,9 @@ def _compute_again(path: str) -> None:
     """The run's own command, which skips all shards that are intact."""
     from jacray.cli.commands import run_file
 
-    spec = RunFolder(Path(path)).spec
-    if "://" in path or not spec.is_file():
+    target = as_target(path)
+    if SPEC not in target.names():
         rule, way_out = "must hold spec.yaml to be repaired from here", "submit the same job again, with the same `to`"
         raise UserError("path", rule, Plain(path), way_out)
     # The folder may have been moved since.
-    run_file(str(spec), [f"output.path={path}"])
+    run_file(f"{path.rstrip('/')}/{SPEC}", [f"output.path={path}"])

@@ -13,7 +13,6 @@ from jacray_workers.errors import Plain, SpecError
 from jacray.spec import Run, read_run
 
 if TYPE_CHECKING:
-    from jacray.folders import RunFolder
     from jacray.progress import Style
     from jacray.result import Result
     from jacray.work import Work
@@ -39,7 +38,7 @@ def plan_file(file: str, overrides: Sequence[str]) -> str:
 def run_file(file: str, overrides: Sequence[str], style: Style = "auto") -> None:
     """Compute what a file describes, write its folder, and print a summary."""
     from jacray.cli.interrupts import stoppable
-    from jacray.folders import check_free, room
+    from jacray.folders import check_free
 
     began = time.perf_counter()
     run = read_run(file, overrides)
@@ -48,24 +47,38 @@ def run_file(file: str, overrides: Sequence[str], style: Style = "auto") -> None
     from jacray.work import make
 
     work = make(run)
-    with stoppable(), _told_how_to_go_on(run), room(run.folder, goes_on=goes_on):
+    with stoppable(), _told_how_to_go_on(run), _room(run, goes_on=goes_on):
         result = compute(run, work, style, goes_on=goes_on)
-    folder = write(run, work, result)
-    summary(work, result, folder, time.perf_counter() - began)
+    write(run, work, result)
+    summary(work, result, run, time.perf_counter() - began)
+
+
+def _room(run: Run, *, goes_on: bool) -> contextlib.AbstractContextManager[None]:
+    """Room where the run's results go."""
+    from jacray import runs, url_runs
+    from jacray.folders import room
+
+    if run.folder is not None:
+        return room(run.folder, goes_on=goes_on)
+    if run.spec.output.overwrite:
+        with run.naming():
+            url_runs.clear(runs.target(run))
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _told_how_to_go_on(run: Run) -> Iterator[None]:
     """Whoever stops a run, or is stopped, hears what is finished and what to do next."""
+    from jacray import runs
     from jacray.cli.failures import Interrupted
     from jacray.folders import finished
 
     def left() -> str:
-        done = None if run.spec.output.overwrite else finished(run.folder)
+        done = None if run.spec.output.overwrite else finished(runs.target(run))
         if done is None:
             return ""
         return (
-            f"{done[0]:,} of {done[1]:,} shards are finished and kept in {run.folder}: "
+            f"{done[0]:,} of {done[1]:,} shards are finished and kept in {run.place}: "
             "run the same command again to go on from there"
         )
 
@@ -112,18 +125,25 @@ def _check_room(run: Run, needed: int) -> None:
     """Refuse a result that the disk cannot hold, while nothing much is computed yet."""
     from jacray_workers.planning.explain import size
 
+    if run.folder is None:
+        return
     above = next(p for p in (run.folder, *run.folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(above).free
     if needed > free:
         raise SpecError("output.path", f"must lie where {size(needed)} fit", Plain(f"{size(free)} free"))
 
 
-def write(run: Run, work: Work, result: Result) -> RunFolder:
-    """Write the run folder; what the disk refuses is told as a mistake in `output.path`."""
-    from jacray.runs import save
+def write(run: Run, work: Work, result: Result) -> None:
+    """Finish the run; what the disk or the store refuses is told as a mistake in `output.path`."""
+    from jacray.runs import save, target
+    from jacray.store import writing
 
     with run.naming():
+        if run.folder is None:
+            with writing(target(run)):
+                save(run, work, result)
+            return
         try:
-            return save(run, work, result)
+            save(run, work, result)
         except OSError as error:
-            raise SpecError("output.path", f"could not be written: {error.strerror}", Plain(str(run.folder))) from error
+            raise SpecError("output.path", f"could not be written: {error.strerror}", Plain(run.place)) from error

@@ -9,20 +9,21 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from jacray.folders import RunFolder
+from jacray.folders import REPORT, RESULTS
 from jacray.result import Result
+from jacray.spec import Run
 from jacray.work import Work
 
 _MOST_ARRAYS = 12
 _WIDE = 200  # where there is no terminal, nothing should be broken into lines
 
 
-def summary(work: Work, result: Result, folder: RunFolder, seconds: float) -> None:
+def summary(work: Work, result: Result, run: Run, seconds: float) -> None:
     """Print what was computed, how, how well it was checked, and where it lies."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for name, text in _rows(work, result, folder, seconds):
+    for name, text in _rows(work, result, run, seconds):
         table.add_row(name, text)
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(width=_WIDE, highlight=False)
@@ -31,7 +32,7 @@ def summary(work: Work, result: Result, folder: RunFolder, seconds: float) -> No
     click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
-def _rows(work: Work, result: Result, folder: RunFolder, seconds: float) -> Iterator[tuple[str, str]]:
+def _rows(work: Work, result: Result, run: Run, seconds: float) -> Iterator[tuple[str, str]]:
     plan, receipt = result.plan, result.receipt
     wrt = ", ".join(w if isinstance(w, str) else w.key for w in work.request.wrt_list)
     yield "computed", f"{', '.join(result.names)} wrt {wrt} at {plan.samples:,} samples"
@@ -48,9 +49,9 @@ def _rows(work: Work, result: Result, folder: RunFolder, seconds: float) -> Iter
         yield "skipped", f"samples {gap['start']} to {gap['stop'] - 1} are NaN: {gap['error']}"
     if receipt["nonfinite"]:
         yield "warning", "; ".join(map(_bad, receipt["nonfinite"]))
-    yield "results", str(folder.results)
-    if folder.report.exists():
-        yield "report", str(folder.report)
+    yield "results", f"{run.place}/{RESULTS}"
+    if run.spec.output.report:
+        yield "report", f"{run.place}/{REPORT}"
 
 
 def _speed(receipt: Any, seconds: float) -> str:

@@ -18,6 +18,7 @@ from jacray.entries import Counts, JobRow, ShardRow
 from jacray.journal import Journal
 from jacray.mirror import reading
 from jacray.target import as_target
+from jacray.url_lease import Holder, busy
 
 _MOST_FAILED = 10
 _WIDE = 200  # where there is no terminal, nothing should be broken into lines
@@ -38,13 +39,13 @@ def show_run(place: str, *, shards: bool = False, as_json: bool = False) -> None
     with reading(target) as journal:
         if journal is None:
             raise UserError("path", "must hold a journal", Plain(target.url), "a run writes one into its folder")
-        # Nobody can tell from here whether a coordinator elsewhere still lives.
-        alone = target.path is not None and journal.alone
+        holder = None if target.path is not None else busy(target)
+        alone = journal.alone if target.path is not None else holder is None
         for job in journal.jobs():
             if as_json:
-                _print_json(journal, job, alone, shards)
+                _print_json(journal, job, alone, shards, holder)
             else:
-                _print_table(_rows(journal, job, alone, target.url))
+                _print_table(_rows(journal, job, alone, target.url, holder))
                 if shards:
                     _print_shards(journal.shards(job.id))
 
@@ -54,10 +55,12 @@ def state_of(job: JobRow, *, alone: bool) -> str:
     return "interrupted" if alone and job.state in ("queued", "running") else job.state
 
 
-def _rows(journal: Journal, job: JobRow, alone: bool, place: str) -> Iterator[tuple[str, str]]:
+def _rows(journal: Journal, job: JobRow, alone: bool, place: str, holder: Holder | None) -> Iterator[tuple[str, str]]:
     counts, state = journal.counts(job.id), state_of(job, alone=alone)
     yield "job", job.id
     yield "state", f"{state}: {job.error}" if job.error else state
+    if holder is not None:
+        yield "held by", f"{holder}, heard of {max(0.0, time.time() - holder.at):.0f} s ago by its clock"
     yield "shards", _shards(counts, job)
     yield "samples", f"{job.samples:,}"
     yield "method", str(job.plan.get("method", ""))
@@ -117,13 +120,14 @@ def _print(table: Table) -> None:
     click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
-def _print_json(journal: Journal, job: JobRow, alone: bool, shards: bool) -> None:
+def _print_json(journal: Journal, job: JobRow, alone: bool, shards: bool, holder: Holder | None) -> None:
     told: dict[str, Any] = {
         "job": job.id, "state": state_of(job, alone=alone), "error": job.error, "samples": job.samples,
         "shards": job.shards, **{f"shards_{name}": n for name, n in asdict(journal.counts(job.id)).items()},
         "created": job.created, "began": job.began, "ended": job.ended, "digests": dict(job.digests),
     }  # fmt: skip
     told["retries"] = told.pop("shards_retries")
+    told |= {} if holder is None else {"held_by": {"host": holder.host, "pid": holder.pid, "at": holder.at}}
     click.echo(json.dumps(told))
     for row in journal.shards(job.id) if shards else ():
         click.echo(json.dumps(asdict(row)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -13,45 +11,40 @@ from jacray.report.elements import Gallery
 from jacray.report.facts import Facts, collect
 from jacray.report.pictures import galleries
 
-__all__ = ["write_report"]
+__all__ = ["page"]
 
-NAME = "report.html"
 _BESIDE = {"spec.yaml": "replays this run", "receipt.json": "the whole record", "results.zarr": "the numbers"}
 
 
-def write_report(
-    folder: Path,
+def page(
     result: Any,
     *,
     inputs: Any = None,
     fields: Mapping[str, Any] | None = None,
     title: str = "jacray report",
-) -> Path:
-    """Write `report.html` into a run's folder.
+    beside: Container[str] = (),
+) -> str:
+    """The page of a run, as HTML.
 
     Results are read in slices of bounded size, so that a page of a large job costs no more than one of a small job.
 
     Args:
-        folder: the run's folder; made where it is missing.
         result: has `plan`, `receipt`, and as attributes the results that were asked for.
         inputs: the model's inputs, a tensor or a pytree with the batch first; shown beside their derivatives.
         fields: what else is known of each sample, by name; `target` holds its class as a whole number.
         title: the page's heading.
-
-    Returns:
-        Where the page is.
+        beside: the names of the files that it lies among, to which it may lead.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     facts = collect(getattr(result, "plan", None), getattr(result, "receipt", None) or {}, inputs)
     drawn = galleries(result, inputs, fields)
-    page = _template().render(
+    text: str = _template().render(
         title=title,
         facts=facts,
         galleries=drawn,
         sections=_sections(facts, drawn),
-        beside={name: what for name, what in _BESIDE.items() if (folder / name).exists()},
+        beside={name: what for name, what in _BESIDE.items() if name in beside},
     )
-    return _replace(folder / NAME, page)
+    return text
 
 
 def _sections(facts: Facts, drawn: Sequence[Gallery]) -> list[tuple[str, str]]:
@@ -72,11 +65,3 @@ def _template() -> Any:
         lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("page.html.j2")
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Write beside, then rename: a reader never sees half a page."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8", errors="replace")  # a folder need not be named in UTF-8
-    beside.replace(path)
-    return path

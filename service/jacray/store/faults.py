@@ -23,6 +23,8 @@ _WAYS = {
     errno.EACCES: f"give the workers the right to write there, {_AGAIN}",
     errno.EPERM: f"give the workers the right to write there, {_AGAIN}",
 }
+# Credentials, buckets and networks have errors of their own there.
+_STORES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "s3fs", "azure", "adlfs", "huggingface_hub")
 
 
 @contextlib.contextmanager
@@ -36,6 +38,21 @@ def writing(target: Target, needed: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         raise refused(error, target, needed) from error
+    except Exception as error:
+        if target.path is None and _of_a_store(error):
+            told = refused(OSError(" ".join(str(error).split())), target, needed)
+            way_out = "install it here and on the workers: jacray[s3] and jacray[gs] bring what their URLs need"
+            raise (_instead(told, way_out) if isinstance(error, ImportError) else told) from error
+        raise
+
+
+def _instead(error: StorageError, way_out: str) -> StorageError:
+    return StorageError(error.argument, error.rule, error.value, way_out)
+
+
+def _of_a_store(error: Exception) -> bool:
+    """Whether an error is what a package behind a URL says, of those that do not say it as an `OSError`."""
+    return isinstance(error, ImportError) or type(error).__module__.partition(".")[0] in _STORES
 
 
 def refused(error: OSError, target: Target, needed: int) -> StorageError:
