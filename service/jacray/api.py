@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 from jacray_workers.engine import prepare
@@ -12,7 +13,7 @@ from jacray_workers.plan import Plan
 from jacray_workers.request import Request, Return, make_request
 from jacray_workers.straight import lane
 
-from jacray.coordinator import compute_here
+from jacray.coordinator import compute_here, recalled
 from jacray.fields import AllFields, Fields
 from jacray.result import Result
 
@@ -33,11 +34,7 @@ def jacobian(model: Any, x: Any, **fields: Unpack[Fields]) -> Any:
         UserError: the model, the inputs or a field breaks a rule; the text names it and says what to do.
     """
     found = lane.recall(model, x, fields)
-    if found is not None:
-        return found
-    result = _only("jacobian", model, x, dict(fields))
-    lane.remember(model, x, fields, result.plan)
-    return result.jacobian
+    return _only("jacobian", model, x, dict(fields)).jacobian if found is None else found.value
 
 
 def weighted_gradient(model: Any, x: Any, *, weights: Any = None, **fields: Unpack[Fields]) -> Any:
@@ -72,10 +69,11 @@ def compute(model: Any, x: Any, *, request: Request | None = None, **fields: Unp
     Raises:
         UserError: the model, the inputs or a field breaks a rule; the text names it and says what to do.
     """
-    asked = make_request(request, **fields)
     began = time.perf_counter()
-    prepared = prepare(as_model(model), x, asked)
-    return compute_here(prepared, time.perf_counter() - began)
+    found = lane.recall(model, x, fields) if request is None else None
+    if found is not None:
+        return recalled(found, time.perf_counter() - began)
+    return _computed(model, x, make_request(request, **fields), fields if request is None else None)
 
 
 def plan(model: Any, x: Any, *, request: Request | None = None, workers: int = 1, **fields: Unpack[AllFields]) -> Plan:
@@ -94,6 +92,16 @@ def plan(model: Any, x: Any, *, request: Request | None = None, workers: int = 1
     return prepare(as_model(model), x, make_request(request, **fields), workers=workers).plan
 
 
+def _computed(model: Any, x: Any, asked: Request, fields: Mapping[str, Any] | None) -> Result:
+    """The long way; where all that was asked for stands in `fields`, the next call may go a shorter one."""
+    began = time.perf_counter()
+    prepared = prepare(as_model(model), x, asked)
+    result = compute_here(prepared, time.perf_counter() - began)
+    if fields is not None:
+        lane.remember(model, x, fields, dict(result), result.plan, asked)
+    return result
+
+
 def _only(name: Return, model: Any, x: Any, fields: dict[str, Any]) -> Result:
     """A result that holds nothing else."""
     if "returns" in fields:
@@ -101,4 +109,4 @@ def _only(name: Return, model: Any, x: Any, fields: dict[str, Any]) -> Result:
             "returns", f"is not an argument of {name}()", fields["returns"],
             "use jacray.compute(model, x, returns=[...]) for several results",
         )  # fmt: skip
-    return compute(model, x, **{"returns": (name,), **fields})
+    return _computed(model, x, make_request(returns=(name,), **fields), fields if name == "jacobian" else None)

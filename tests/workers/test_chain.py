@@ -84,7 +84,11 @@ def refusal(model, inputs, **fields):
 
 
 class Traced(nn.Sequential):
-    """A class of one's own, whose calls must be recorded: torch's own Sequential takes the short way."""
+    """Calls that must be recorded: those of a plain net take the short way, which knows none that asks for strides."""
+
+    def forward(self, x):
+        x.is_contiguous()
+        return super().forward(x)
 
 
 def mlp(*widths, act=nn.ReLU, last=False):

@@ -57,6 +57,19 @@ def session(
         yield
 
 
+@contextlib.contextmanager
+def brief_session(module: nn.Module, parts: Sequence[nn.Module]) -> Iterator[None]:
+    """What of `session` one pass in eval mode needs whose calls are all looked at; parameters may require gradients.
+
+    Args:
+        module: the model.
+        parts: the module and all within it.
+    """
+    compiled = _COMPILED_RUNS_EAGER if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with lock_of(module), kept(module, deep=False, parts=parts), _Mode(module, parts, training=False), compiled:
+        yield
+
+
 def _surroundings(tf32: bool, seed: int | None) -> contextlib.AbstractContextManager[Any]:
     """What has to be changed outside of the module, which mostly is nothing."""
     stack = contextlib.ExitStack()

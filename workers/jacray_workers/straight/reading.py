@@ -18,7 +18,7 @@ from torch.nn.modules import module as globals_of
 
 from jacray_workers.straight.curves import CURVES, Curve
 
-_DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64)
 # In eval mode these hand on what they are given.
 _NOTHING = (nn.Identity, nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _GLOBAL_HOOKS = tuple(
@@ -37,10 +37,10 @@ _OWN: Mapping[str, Tensor] = {}
 
 
 class Bent(NamedTuple):
-    """A function of one number, and the module that holds its settings."""
+    """A function of one number, and what has its settings as attributes, such as the module."""
 
     curve: Curve
-    part: nn.Module
+    part: Any
 
 
 class Line(NamedTuple):
@@ -51,6 +51,7 @@ class Line(NamedTuple):
         biases: one per weight, or None.
         gaps: what stands before each weight, and behind the last.
         flat: the input is flattened to one axis per sample.
+        names: of each weight and each bias among the model's parameters; a bias that is none has one too.
         make: numbers of one sample before each weight and behind the last, and whether a function stands there: what
             the way to compute depends on, and no value of a tensor.
     """
@@ -59,7 +60,21 @@ class Line(NamedTuple):
     biases: list[Tensor | None]
     gaps: list[list[Bent]]
     flat: bool
+    names: tuple[tuple[str, str], ...]
     make: tuple[tuple[int, ...], tuple[bool, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        gaps: list[list[Bent]],
+        flat: bool,
+        names: list[tuple[str, str]],
+    ) -> Line:
+        """The net of these parts."""
+        widths = (*[w.shape[1] for w in weights], weights[-1].shape[0])
+        return cls(weights, biases, gaps, flat, tuple(names), (widths, tuple([bool(gap) for gap in gaps])))
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -82,13 +97,13 @@ def read(module: Any, own: Mapping[str, Tensor] = _OWN) -> Line | None:
         module: any module.
         own: tensors by name that stand for the module's parameters.
     """
-    if type(module) not in _TOPS or _changed():
+    if type(module) not in _TOPS or changed():
         return None
     parts = _parts(module, "", [])
     return None if parts is None else _line(parts, own)
 
 
-def _changed() -> bool:
+def changed() -> bool:
     """Whether a module's call does more, for all modules, than torch brought."""
     if any(_GLOBAL_HOOKS) or F.linear is not _LINEAR:
         return True
@@ -99,15 +114,17 @@ def _line(parts: list[tuple[str, Any]], own: Mapping[str, Tensor]) -> Line | Non
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     gaps: list[list[Bent]] = [[]]
+    names: list[tuple[str, str]] = []
     flat = False
     for path, part in parts:
         kind = type(part)
         if kind is nn.Linear:
             pair = _tensors(part, path, own)
-            if pair is None or (weights and not _follows(weights[-1], pair[0])):
+            if pair is None or (weights and not follows(weights[-1], pair[0])):
                 return None
             weights.append(pair[0])
             biases.append(pair[1])
+            names.append((f"{path}weight", f"{path}bias"))
             gaps.append([])
         elif kind in CURVES:
             gaps[-1].append(Bent(CURVES[kind], part))
@@ -117,8 +134,7 @@ def _line(parts: list[tuple[str, Any]], own: Mapping[str, Tensor]) -> Line | Non
             flat = flat or not weights
     if not weights:
         return None
-    widths = (*[w.shape[1] for w in weights], weights[-1].shape[0])
-    return Line(weights, biases, gaps, flat, (widths, tuple([bool(gap) for gap in gaps])))
+    return Line.of(weights, biases, gaps, flat, names)
 
 
 def _parts(module: Any, path: str, found: list[tuple[str, Any]]) -> list[tuple[str, Any]] | None:
@@ -126,6 +142,8 @@ def _parts(module: Any, path: str, found: list[tuple[str, Any]]) -> list[tuple[s
     kind = type(module)
     forward = _FORWARDS.get(kind)
     if forward is None or kind.forward is not forward or not _untouched(module.__dict__):
+        return None
+    if kind is not nn.Linear and module._parameters:
         return None
     if kind is not nn.Sequential:
         found.append((path, module))
@@ -167,8 +185,9 @@ def _plain(tensor: Any, own: Mapping[str, Tensor]) -> bool:
     """A dense tensor of a type that is computed in, and no class of somebody's; a parameter unless it was put in."""
     kind = type(tensor)
     known = kind is nn.Parameter or (bool(own) and kind is Tensor)
-    return known and tensor.dtype in _DTYPES and tensor.layout is torch.strided and not tensor.is_inference()
+    return known and tensor.dtype in DTYPES and tensor.layout is torch.strided and not tensor.is_inference()
 
 
-def _follows(before: Tensor, weight: Tensor) -> bool:
+def follows(before: Tensor, weight: Tensor) -> bool:
+    """Whether a weight takes what another gives."""
     return before.shape[0] == weight.shape[1] and before.dtype is weight.dtype and before.device == weight.device

@@ -48,7 +48,25 @@ class Diagonal(NamedTuple):
         return matrix.mul_(numbers) if fresh else matrix * numbers
 
 
-def jacobian(line: Line, x: Tensor, into: Tensor, rows: Sequence[int] | range | None = None) -> tuple[Tensor, ...]:
+class Passage(NamedTuple):
+    """A batch's way through a net.
+
+    Attributes:
+        acts: what each weight was multiplied with, `(B, in)`, as far as it is known.
+        diagonals: what the functions at each width, before each weight and behind the last, make of the batch.
+    """
+
+    acts: list[Tensor]
+    diagonals: list[Diagonal | None]
+
+
+def jacobian(
+    line: Line,
+    x: Tensor,
+    into: Tensor,
+    rows: Sequence[int] | range | None = None,
+    passage: Passage | None = None,
+) -> tuple[Tensor, ...]:
     """The Jacobian of a net at a batch, written to `into`.
 
     Args:
@@ -56,28 +74,33 @@ def jacobian(line: Line, x: Tensor, into: Tensor, rows: Sequence[int] | range | 
         x: `(B, *in)`, what `line.takes`.
         into: contiguous, `(B, outputs, numbers of one sample's input)`.
         rows: which outputs; all by default.
+        passage: the batch's way through the net, where it is known.
 
     Returns:
         The two factors where the result is a product of theirs and nothing more: they bound it. Else nothing.
     """
     with torch.no_grad():
-        return _Work(line, x, rows).run(into)
+        known = passed(line, x) if passage is None else passage
+        return _Work(line, known.diagonals, x.shape[0], rows).run(into)
 
 
 class _Work:
     """One batch on its way."""
 
-    def __init__(self, line: Line, x: Tensor, rows: Sequence[int] | range | None) -> None:
-        self.samples = x.shape[0]
+    def __init__(
+        self, line: Line, diagonals: list[Diagonal | None], samples: int, rows: Sequence[int] | range | None
+    ) -> None:
+        self.samples = samples
         self.factors: tuple[Tensor, ...] = ()
         self.weights = line.weights
-        self.diagonals = _diagonals(line, x if x.dim() == 2 else x.flatten(1))
+        self.diagonals = diagonals
         widths, bent = line.make
         if rows is not None:
             chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else list(rows)
             self.weights = [*line.weights[:-1], line.weights[-1][chosen]]
-            end = self.diagonals[-1]
-            self.diagonals[-1] = None if end is None else Diagonal(end.numbers[:, chosen], end.gate)
+            end = diagonals[-1]
+            last = None if end is None else Diagonal(end.numbers[:, chosen], end.gate)
+            self.diagonals = [*diagonals[:-1], last]
             widths = (*widths[:-1], self.weights[-1].shape[0])
         self.order = solve(widths, bent, self.samples)
 
@@ -150,15 +173,25 @@ def _times_shared(own: Tensor, shared: Tensor, into: Tensor | None) -> Tensor:
     return into
 
 
-def _diagonals(line: Line, h: Tensor) -> list[Diagonal | None]:
-    """One per width: what the functions there make of the batch `(B, in)`."""
+def passed(line: Line, x: Tensor, *, whole: bool = False) -> Passage:
+    """Take a batch through a net, as far as the derivative with respect to it needs.
+
+    Args:
+        line: the net.
+        x: `(B, *in)`, what `line.takes`.
+        whole: go up to the last weight in any case: the derivatives with respect to weights need that.
+    """
+    h = x if x.dim() == 2 else x.flatten(1)
+    acts: list[Tensor] = []
     found: list[Diagonal | None] = [None] * len(line.gaps)
     last = max((at for at, gap in enumerate(line.gaps) if gap), default=-1)
-    for at in range(last + 1):
+    end = max(last, len(line.weights) - 1) if whole else last
+    for at in range(end + 1):
         for curve, part in line.gaps[at]:
             y = curve.value(part, h)
             found[at] = Diagonal(curve.slope(part, h, y), curve.gate).after(found[at])
             h = y
-        if at < last:
+        acts.append(h)
+        if at < end:
             h = F.linear(h, line.weights[at], line.biases[at])
-    return found
+    return Passage(acts, found)
