@@ -25,6 +25,7 @@ import jacray
 from jacray.http import problems, wire
 from jacray.http.calls import Answer, Call, failed
 from jacray.http.connections import protocol
+from jacray.http.lane import Lane
 from jacray.http.operations import OPERATIONS, Operation, document
 from jacray.http.problems import HttpError, problem
 from jacray.http.service import Service
@@ -84,6 +85,16 @@ def _refused(_request: Request, error: Exception) -> Response:
     rule = "does not take this method" if status == 405 else "names nothing here"
     found = problem(HttpError(status, "path", rule, None, "/openapi.json lists what there is"))
     return Response(wire.dump(found), status, dict(headers or {}), problems.MEDIA)
+
+
+def short_lane(service: Service, tokens: Tokens) -> Lane | None:
+    """The short way; None where every answer is told to the log."""
+
+    def who(headers: Mapping[str, str], method: str) -> str:
+        _check_site(headers, method, service.settings)
+        return tokens.who(headers.get("authorization")) or ""
+
+    return None if logger.isEnabledFor(logging.DEBUG) else Lane(service, who)
 
 
 class _Endpoint:
@@ -222,6 +233,12 @@ class _Sender:
             raise ConnectionError("the client does not take its answer") from None
 
 
+async def send_answer(answer: Answer, scope: Any, send: Send, idle: float) -> None:
+    """Send an answer that came of a request which went the short way, and is too large for it."""
+    with contextlib.suppress(ConnectionError):
+        await _Sender(scope, send, idle).send(answer)
+
+
 class _Server(uvicorn.Server):
     """Bounds what its parent leaves open: handshakes that never end, and streams that hold up a stop."""
 
@@ -249,8 +266,9 @@ def make_server(settings: Settings, tokens: Tokens) -> uvicorn.Server:
     tls: dict[str, Any] = {}
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
+    connections = protocol(settings.limits, short_lane(service, tokens), send_answer)
     config = uvicorn.Config(
-        application(service, tokens), host=settings.host, port=settings.port, http=protocol(settings.limits),
+        application(service, tokens), host=settings.host, port=settings.port, http=connections,
         ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
         proxy_headers=False, timeout_keep_alive=int(settings.limits.idle_seconds),
         timeout_graceful_shutdown=int(settings.limits.stop_seconds) + 1, **tls,
