@@ -19,6 +19,7 @@ from jacray.http.calls import Answer
 from jacray.http.lane import Lane
 from jacray.http.problems import HttpError, problem
 from jacray.http.settings import Limits
+from jacray.http.shares import Share, Shares
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +33,18 @@ class BoundedProtocol(HttpToolsProtocol):
     limits: Limits
     lane: Lane | None = None
     send_answer: SendAnswer
+    shares: Shares
+    _share: Share
     _deadline: asyncio.TimerHandle | None = None
     _idle_bytes = 0
     _in_head = False
     _held: list[bytes] | None = None  # the body so far of a request that may go the short way
 
     def connection_made(self, transport: Any) -> None:
-        """Take the connection, unless there are too many."""
+        """Take the connection, unless there are too many, in all or from where it comes."""
         super().connection_made(transport)
-        if len(self.connections) > self.limits.connections:
+        self._share = Share(self.shares, self.client[0] if self.client else "")
+        if len(self.connections) > self.limits.connections or not self._share.granted:
             transport.abort()
         else:
             self._expect()
@@ -71,7 +75,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """The head is there."""
         self._expected()
         self._idle_bytes, self._in_head = 0, False
-        self.scope["jacray.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        mine: Any = self.scope
+        mine["jacray.abort"], mine["jacray.belongs"] = self.transport.abort, self._share.belongs
         cycle: Any = self.cycle
         alone = (cycle is None or cycle.response_complete) and not self.flow.write_paused
         if self.lane is not None and alone and self.parser.get_http_version() == "1.1":
@@ -95,7 +100,7 @@ class BoundedProtocol(HttpToolsProtocol):
             before, self.cycle = self.cycle, cast(Any, short)
             body = b"".join(self._held)
             try:
-                taken = self.lane.take(self.parser.get_method(), self.url, self.headers, body, short.tell)
+                taken = self.lane.take(self.parser.get_method(), self.url, self.headers, body, short)
             except Exception as error:
                 logger.error("the short way failed", exc_info=error)
                 taken = short.response_complete
@@ -124,6 +129,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended."""
         self._expected()
+        self._share.end()
         super().connection_lost(exc)
 
     def timeout_keep_alive_handler(self) -> None:
@@ -157,6 +163,10 @@ class Short:
         self._connection, self._scope, self.keep_alive = connection, scope, keep_alive
         self.response_complete = self.disconnected = False
         self.message_event = _Nobody()
+
+    def belongs(self, user: str) -> bool:
+        """Whether this user may have this connection."""
+        return self._connection._share.belongs(user)
 
     def tell(self, answer: Answer) -> None:
         """Send the answer."""
@@ -212,13 +222,14 @@ def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
 
 
-def protocol(limits: Limits, lane: Lane | None, send_answer: SendAnswer) -> type[BoundedProtocol]:
+def protocol(limits: Limits, shares: Shares, lane: Lane | None, send_answer: SendAnswer) -> type[BoundedProtocol]:
     """The class of connections with these bounds.
 
     Args:
         limits: the bounds.
+        shares: counts whose the connections are.
         lane: answers what it can before the framework hears of it.
         send_answer: sends an answer that comes in pieces.
     """
-    fields = {"limits": limits, "lane": lane, "send_answer": staticmethod(send_answer)}
+    fields = {"limits": limits, "lane": lane, "send_answer": staticmethod(send_answer), "shares": shares}
     return type("Protocol", (BoundedProtocol,), fields)

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from jacray_workers.errors import UserError
 
@@ -27,6 +28,16 @@ MOST = 1 << 16
 """Bytes of a body that is read on the event loop."""
 _JOB = re.compile(rb"/v1/jobs/[0-9a-f]{12}")
 _UNUSUAL = (b"expect", b"transfer-encoding", b"upgrade", b"want-repr-digest")
+
+
+class Asker(Protocol):
+    """Who sent a request: a connection."""
+
+    def belongs(self, user: str) -> bool:
+        """The request is this user's; returns whether one more connection may be."""
+
+    def tell(self, answer: Answer) -> None:
+        """Here is the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +68,7 @@ class Lane:
         # By digests: a token is forgotten once it has been looked at.
         self._heads: Kept[Head] = Kept()
 
-    def take(self, method: bytes, url: bytes, fields: Fields, body: bytes, tell: Callable[[Answer], None]) -> bool:
+    def take(self, method: bytes, url: bytes, fields: Fields, body: bytes, asker: Asker) -> bool:
         """Take a request that has come whole.
 
         Args:
@@ -65,7 +76,7 @@ class Lane:
             url: of its head, the query with it.
             fields: of its head, names in lower case.
             body: all of it.
-            tell: told the answer, at once or later; once.
+            asker: is told the answer, at once or later; once.
 
         Returns:
             Whether it goes this way.
@@ -74,32 +85,35 @@ class Lane:
             if url != b"/v1/compute" or len(body) > MOST:
                 return False
             head = self._head(method, fields)
-            return bool(head.user) and head.media == wire.MEDIA and self._compute(head, body, tell)
+            return self._welcome(head, asker) and head.media == wire.MEDIA and self._compute(head, body, asker)
         if method != b"GET" or body:
             return False
         if url == b"/healthz":
-            return self._head(method, fields).user is not None and self._health(tell)
-        return _JOB.fullmatch(url) is not None and self._job(self._head(method, fields), url, tell)
+            return self._head(method, fields).user is not None and self._health(asker)
+        return _JOB.fullmatch(url) is not None and self._job(self._head(method, fields), url, asker)
 
-    def _compute(self, head: Head, body: bytes, tell: Callable[[Answer], None]) -> bool:
-        asked = _Asked(self.service, head, len(body), tell)
+    def _compute(self, head: Head, body: bytes, asker: Asker) -> bool:
+        asked = _Asked(self.service, head, len(body), asker)
         return self.service.begin(head.user or "", head.accept, body, asked)
 
-    def _health(self, tell: Callable[[Answer], None]) -> bool:
-        self._tell("health", self.service.healthy, tell)
+    def _health(self, asker: Asker) -> bool:
+        self._tell("health", self.service.healthy, asker)
         return True
 
-    def _job(self, head: Head, url: bytes, tell: Callable[[Answer], None]) -> bool:
-        if not head.user:
+    def _job(self, head: Head, url: bytes, asker: Asker) -> bool:
+        if not self._welcome(head, asker):
             return False
         record = self.service.jobs.records.get(url[9:].decode())
         if record is None or record.user != head.user:
             return False
-        self._tell("get_job", Answer(200, wire.dump(record.shown()).encode()), tell)
+        self._tell("get_job", Answer(200, wire.dump(record.shown()).encode()), asker)
         return True
 
-    def _tell(self, operation: str, answer: Answer, tell: Callable[[Answer], None]) -> None:
-        tell(answer)
+    def _welcome(self, head: Head, asker: Asker) -> bool:
+        return bool(head.user) and asker.belongs(head.user or "")
+
+    def _tell(self, operation: str, answer: Answer, asker: Asker) -> None:
+        asker.tell(answer)
         self.service.metrics.answered(operation, answer.status, len(answer.body))  # type: ignore[arg-type]
 
     def _head(self, method: bytes, fields: Fields) -> Head:
@@ -121,10 +135,10 @@ class Lane:
 class _Asked:
     """Small work under way: what takes its answer."""
 
-    __slots__ = ("_began", "_done", "_head", "_service", "_size", "_tell")
+    __slots__ = ("_asker", "_began", "_done", "_head", "_service", "_size")
 
-    def __init__(self, service: Service, head: Head, size: int, tell: Callable[[Answer], None]) -> None:
-        self._service, self._head, self._size, self._tell = service, head, size, tell
+    def __init__(self, service: Service, head: Head, size: int, asker: Asker) -> None:
+        self._service, self._head, self._size, self._asker = service, head, size, asker
         self._began, self._done = time.monotonic(), False
 
     def done(self) -> bool:
@@ -135,7 +149,7 @@ class _Asked:
         """Take the answer."""
         self._done = True
         answer = self._service.answer(*found, self._head.accept)
-        self._tell(answer)
+        self._asker.tell(answer)
         metrics = self._service.metrics
         size = len(answer.body) if isinstance(answer.body, bytes | memoryview) else answer.size or 0
         metrics.served("compute", time.monotonic() - self._began, self._size)

@@ -30,6 +30,7 @@ from jacray.http.operations import OPERATIONS, Operation, document
 from jacray.http.problems import HttpError, problem
 from jacray.http.service import Service
 from jacray.http.settings import Settings
+from jacray.http.shares import Shares
 from jacray.http.tokens import Tokens
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,10 @@ class _Endpoint:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         _check_site(headers, scope["method"], self.service.settings)
         user = "" if operation.open else self._user(headers)
+        if user and not scope["jacray.belongs"](user):
+            rule = f"may be {self.service.limits.connections_per_user} at a time for each user"
+            hang_up = {"Retry-After": "1", "Connection": "close"}
+            raise HttpError(429, "connections", rule, None, "close some, or send more over each", hang_up)
         scope["jacray.user"] = user
         query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
         return Call(user, scope.get("path_params", {}), query, headers, _body(receive))
@@ -266,7 +271,8 @@ def make_server(settings: Settings, tokens: Tokens) -> uvicorn.Server:
     tls: dict[str, Any] = {}
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
-    connections = protocol(settings.limits, short_lane(service, tokens), send_answer)
+    shares = Shares(settings.limits.connections_per_user if len(tokens) else None)
+    connections = protocol(settings.limits, shares, short_lane(service, tokens), send_answer)
     config = uvicorn.Config(
         application(service, tokens), host=settings.host, port=settings.port, http=connections,
         ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
