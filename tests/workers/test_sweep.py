@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jacray_workers.kernels import matmul
+from jacray_workers.kernels import matmul, sweep_convs
 from jacray_workers.kernels.matmul import mm
 from jacray_workers.kernels.sweep import sweep
 from torch import nn
@@ -133,6 +133,32 @@ def test_large_cotangents_of_a_norm_and_a_softmax():
     assert found is not None
     plain = torch.stack([torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in vs])
     torch.testing.assert_close(found[0], plain, rtol=1e-9, atol=1e-13)
+
+
+NARROW = {
+    "one axis": ((2, 1, 21), (5, 1, 4), {"stride": 2, "padding": 1, "dilation": 3}),
+    "one channel": ((3, 1, 9, 11), (6, 1, 3, 3), {"stride": 2, "padding": 1}),
+    "strides per axis": ((3, 3, 12, 7), (4, 3, 3, 2), {"stride": (3, 1), "padding": (1, 0), "dilation": (1, 2)}),
+    "inputs that nothing sees": ((3, 2, 11, 10), (4, 2, 1, 2), {"stride": (4, 3)}),
+    "padding alone": ((2, 2, 1, 1), (3, 2, 3, 3), {"padding": 2}),
+    "some channels": ((2, 17, 9, 8), (5, 17, 3, 3), {"stride": 2, "padding": 1}),
+    "three axes": ((2, 2, 5, 6, 4), (3, 2, 2, 3, 3), {"stride": 2, "padding": 1}),
+    "the same size": ((2, 2, 6, 7), (3, 2, 5, 3), {"padding": "same", "dilation": (1, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("cached", [1 << 23, 1])
+def test_narrow_convolutions(name, cached, monkeypatch):
+    monkeypatch.setattr(sweep_convs, "CACHED", cached)
+    shape, kernel, settings = NARROW[name]
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(kernel)
+    y = getattr(F, f"conv{len(shape) - 2}d")(x, weight, **settings)
+    vs = torch.randn(3, *y.shape)
+    found = sweep(y, [x], vs)
+    assert found is not None
+    plain = torch.stack([torch.autograd.grad(y, x, v, retain_graph=True)[0] for v in vs])
+    torch.testing.assert_close(found[0], plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -34,7 +34,6 @@ class Asked:
         request: with its directions.
         request_key: what tells requests apart, their directions aside.
         accept: `tensors` or `json`.
-        about: the message that it came with.
     """
 
     model: Mapping[str, Any]
@@ -43,7 +42,6 @@ class Asked:
     request: Request
     request_key: str
     accept: str
-    about: Mapping[str, Any]
 
 
 def read_asked(item: Mapping[str, Any], data: Any) -> Asked:
@@ -72,7 +70,7 @@ def read_asked(item: Mapping[str, Any], data: Any) -> Asked:
         if about.get("request", {}).get(name) is not None
     }
     request = fields.model_copy(update=given) if given else fields
-    return Asked(item["model"], item["model_key"], inputs, request, key, item.get("accept", "tensors"), about)
+    return Asked(item["model"], item["model_key"], inputs, request, key, item.get("accept", "tensors"))
 
 
 def without_directions(request: Mapping[str, Any]) -> dict[str, Any]:

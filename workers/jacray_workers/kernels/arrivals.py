@@ -6,7 +6,8 @@ known to be the walk's own, for fresh memory costs more than the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +117,19 @@ def as_it_lies(g: Tensor) -> Tensor:
     repeats = any(stride == 0 for stride in g.stride())
     order = list(range(g.dim())) if repeats else sorted(range(g.dim()), key=g.stride, reverse=True)
     return pages.like(g, [g.shape[d] for d in order]).permute([order.index(d) for d in range(g.dim())])
+
+
+def in_rows(g: Tensor, keep: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The cotangents as `(everything, *last axes)` in their order in memory, and the way back."""
+    by_sample = g.dim() >= keep + 2 and samples_first(g)
+    g = g.transpose(0, 1) if by_sample else g
+    lead, last = g.shape[: g.dim() - keep], g.shape[g.dim() - keep :]
+
+    def back(t: Tensor) -> Tensor:
+        parts: Tensor = t.unflatten(0, lead)
+        return parts.transpose(0, 1) if by_sample else parts
+
+    return pages.reshaped(g, (math.prod(lead), *last)), back
 
 
 def _memory(t: Tensor) -> int:

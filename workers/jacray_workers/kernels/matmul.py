@@ -17,13 +17,18 @@ from torch import Tensor
 
 from jacray_workers import pages
 
-# Multiplications from which it is worth choosing.
+# Multiplications from which it is worth choosing, and columns below which it is from far fewer.
 LARGE = 1 << 24
+NARROW = 16
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of two matrices, outside of automatic differentiation."""
-    if a.shape[0] * b.numel() >= LARGE and a.dtype == b.dtype == torch.float32 and a.device.type == "cpu":
+    if (
+        a.shape[0] * b.numel() >= (LARGE if b.shape[1] >= NARROW else LARGE >> 6)
+        and a.dtype == b.dtype == torch.float32
+        and a.device.type == "cpu"
+    ):
         linear = _linear()
         exact = torch.get_float32_matmul_precision() == "highest"
         if linear is not None and exact and torch._C._get_mkldnn_enabled():

@@ -11,17 +11,16 @@ Cotangents keep the order in which they lie in memory: where that is sample by s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
 from jacray_workers import pages
 from jacray_workers.kernels import matmul
-from jacray_workers.kernels.arrivals import as_it_lies, samples_first
+from jacray_workers.kernels.arrivals import as_it_lies, in_rows, samples_first
+from jacray_workers.kernels.sweep_convs import convolution
 from jacray_workers.kernels.sweep_views import (
     VIEWS,
     Found,
@@ -42,23 +41,8 @@ _aten = torch.ops.aten
 
 # Numbers in one cotangent from which a call of its own costs less than what is done to avoid it.
 LARGE = 1 << 13
-# Input channels up to which a convolution is too narrow for the library's own kernels.
-FEW_CHANNELS = 4
 # Columns below which a matrix product is several times slower than with its matrix laid out the other way.
 NARROW = 16
-
-
-def _in_rows(g: Tensor, keep: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The cotangents as `(everything, *last axes)` in their order in memory, and the way back."""
-    by_sample = g.dim() >= keep + 2 and samples_first(g)
-    g = g.transpose(0, 1) if by_sample else g
-    lead, last = g.shape[: g.dim() - keep], g.shape[g.dim() - keep :]
-
-    def back(t: Tensor) -> Tensor:
-        parts: Tensor = t.unflatten(0, lead)
-        return parts.transpose(0, 1) if by_sample else parts
-
-    return pages.reshaped(g, (math.prod(lead), *last)), back
 
 
 def _times(g: Tensor, matrix: Tensor) -> Tensor:
@@ -67,7 +51,7 @@ def _times(g: Tensor, matrix: Tensor) -> Tensor:
     if repeated:
         once = g[tuple(slice(0, 1) if axis in repeated else slice(None) for axis in range(g.dim()))]
         return _times(once, matrix).expand(*g.shape[:-1], matrix.shape[1])
-    rows, back = _in_rows(g, 1)
+    rows, back = in_rows(g, 1)
     if matrix.shape[1] < NARROW and matrix.stride(1) == 1:
         matrix = matrix.mT.contiguous().mT
     return back(matmul.mm(rows, matrix))
@@ -165,7 +149,7 @@ def layer_norm(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
     x, shape = node._saved_input, node._saved_normalized_shape
     if needs != (True, False, False) or x.dim() <= len(shape) or _call_each(g):
         return None
-    rows, back = _in_rows(g, g.dim() - 2)
+    rows, back = in_rows(g, g.dim() - 2)
     x, mean, scale = (_alongside(g, t) for t in (x, node._saved_result1, node._saved_result2))
     made = _aten.native_layer_norm_backward(
         rows, x, shape, mean, scale, node._saved_weight, node._saved_bias, (True, False, False)
@@ -189,7 +173,7 @@ def _normalised(node: Any, g: Tensor, needs: tuple[bool, ...], kernel: Any) -> F
     following, nr = node.next_functions[0]
     if needs != (True,) or axis == 0 or following._input_metadata[nr].dtype != y.dtype or _call_each(g):
         return None
-    rows, back = _in_rows(g, g.dim() - 2)
+    rows, back = in_rows(g, g.dim() - 2)
     return (back(kernel(rows, _alongside(g, y), axis, y.dtype)),)
 
 
@@ -208,44 +192,6 @@ def same(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
     """A copy."""
     del node, needs
     return (g,)
-
-
-def convolution(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
-    """A convolution's input: all cotangents as one batch."""
-    if needs != (True, False, False) or g.dim() < 4:
-        return None
-    rows, back = _in_rows(g, g.dim() - 2)
-    weight, x = node._saved_weight, node._saved_input
-    if rows.dim() != weight.dim():
-        return None
-    settings = (node._saved_stride, node._saved_padding, node._saved_dilation)
-    plane = weight.dim() == 4 and weight.device.type == "cpu"
-    if plane and node._saved_groups == 1 and not node._saved_transposed and weight.shape[1] <= FEW_CHANNELS:
-        return back(_folded(rows, weight, tuple(x.shape[2:]), *settings)), None, None
-    if plane:
-        # The library's kernels for this layout are up to four times as fast.
-        rows, weight = _channels_last(rows), weight.contiguous(memory_format=torch.channels_last)
-    # Only its shape counts where its own gradient is all that is asked for; what is spread would be made whole.
-    layout = torch.channels_last if plane else torch.contiguous_format
-    blank = torch.empty((rows.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
-    made = _aten.convolution_backward(
-        rows if plane else rows.contiguous(), blank, weight, None, *settings, node._saved_transposed,
-        node._saved_output_padding, node._saved_groups, (True, False, False),
-    )  # fmt: skip
-    return back(made[0]), None, None
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    """`(N, C, H, W)` with the channels innermost in memory."""
-    if t.is_contiguous(memory_format=torch.channels_last):
-        return t
-    return pages.like(t, (t.shape[0], *t.shape[2:], t.shape[1])).permute(0, 3, 1, 2).copy_(t)
-
-
-def _folded(rows: Tensor, weight: Tensor, space: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """The same as one matrix product and a sum over the places that each input is seen from: for few channels."""
-    columns = torch.matmul(weight.flatten(1).mT, rows.flatten(2))
-    return F.fold(columns, space, tuple(weight.shape[2:]), dilation, padding, stride)
 
 
 _SMOOTH = (
