@@ -7,14 +7,15 @@ little beside the service that it shares the machine with.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import heapq
 import json
 import os
 import re
+import selectors
+import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -93,84 +94,122 @@ def loading(load: Load) -> Iterator[Counted]:
 
 
 class Clients:
-    """The clients of a load, on one event loop."""
+    """The clients of a load, in one loop over their sockets: what they cost is little beside what they ask for."""
 
     def __init__(self, load: Load) -> None:
         self.load = load
         self.bodies = [Path(name).read_bytes() for name in load.requests]
-        self.stopped = asyncio.Event()
         self.counted = Counted()
+        self.clients = [Client(number, load) for number in range(load.connections)]
+        # `select` waits for microseconds where the others round up to milliseconds, which would make requests late.
+        self.waiting = selectors.DefaultSelector() if load.rate is None else selectors.SelectSelector()
+        self.due: list[tuple[float, int]] = []  # when whose next request may be sent, where there is a rate
 
-    async def run(self) -> None:
-        """Ask until told to stop."""
-        began = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for number in range(self.load.connections):
-                group.create_task(self.client(number, began))
-            await self.stopped.wait()
-            self.counted.seconds = time.perf_counter() - began - self.load.settle
+    def run(self, end: int) -> None:
+        """Ask until there is nothing left to read from the descriptor `end`.
 
-    async def client(self, number: int, began: float) -> None:
-        """One connection."""
-        reader, writer = await asyncio.open_connection(self.load.host, self.load.port)
-        turn = 0
-        while not self.stopped.is_set():
-            due = await self.due(began, turn * self.load.connections + number)
-            if self.stopped.is_set():
-                break
-            await ask(reader, writer, self.bodies[(number + turn) % len(self.bodies)])
-            end = time.perf_counter()
-            if end - began >= self.load.settle and not self.stopped.is_set():
-                self.counted.times.append(end - due)
-            turn += 1
-        writer.close()
-
-    async def due(self, began: float, count: int) -> float:
-        """Wait until the count-th request may be sent; returns the moment from which its answer is waited for.
-
-        Where there is a rate that is the moment it was due, also for one that an earlier answer held up: else a
-        service that stands still for a second would count as one slow answer.
+        Raises:
+            RuntimeError: an answer is not a success, or a connection ended.
         """
+        self.began = time.perf_counter()
+        self.waiting.register(end, selectors.EVENT_READ)
+        for client in self.clients:
+            self.waiting.register(client.socket, selectors.EVENT_READ, client)
+            self.next(client)
+        stopped = False
+        while not stopped:
+            for key, _ in self.waiting.select(self.patience()):
+                if key.data is None:
+                    stopped = stopped or not os.read(end, 4096)
+                elif key.data.receive():
+                    self.answered(key.data)
+            self.send_due()
+        self.counted.seconds = time.perf_counter() - self.began - self.load.settle
+        for client in self.clients:
+            client.finish()
+
+    def next(self, client: Client) -> None:
+        """Let a client's next request be sent: now, or when it is due."""
         if self.load.rate is None:
-            return time.perf_counter()
-        due = began + count / self.load.rate
-        left = due - time.perf_counter()
-        if left > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.stopped.wait(), left)
-        return due
+            self.ask(client, time.perf_counter())
+        else:
+            count = client.turn * self.load.connections + client.number
+            heapq.heappush(self.due, (self.began + count / self.load.rate, client.number))
+
+    def patience(self) -> float | None:
+        """Seconds until the next request is due; None where none is."""
+        return max(self.due[0][0] - time.perf_counter(), 0.0) if self.due else None
+
+    def send_due(self) -> None:
+        """Send what is due.
+
+        An answer's time runs from the moment at which its request was due, also for one that an earlier answer held
+        up: else a service that stands still for a second would count as one slow answer.
+        """
+        while self.due and self.due[0][0] <= time.perf_counter():
+            due, number = heapq.heappop(self.due)
+            self.ask(self.clients[number], due)
+
+    def ask(self, client: Client, due: float) -> None:
+        """Send a client's next request."""
+        client.send(self.bodies[(client.number + client.turn) % len(self.bodies)], due)
+
+    def answered(self, client: Client) -> None:
+        """A client has its answer."""
+        now = time.perf_counter()
+        if now - self.began >= self.load.settle:
+            self.counted.times.append(now - client.due)
+        client.turn += 1
+        self.next(client)
 
 
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes) -> bytes:
-    """One round trip on an open connection; returns the answer's body.
+class Client:
+    """One connection, which waits for its answer before it asks again."""
 
-    Raises:
-        RuntimeError: the answer is not a success.
-    """
-    writer.write(body)
-    head = await reader.readuntil(b"\r\n\r\n")
-    found = LENGTH.search(head)
-    answer = await reader.readexactly(int(found[1])) if found else b""
-    if found is None or not head.startswith(b"HTTP/1.1 200"):
-        raise RuntimeError(f"not a success: {(head + answer)[:1000].decode(errors='replace')}")
-    return answer
+    def __init__(self, number: int, load: Load) -> None:
+        self.number, self.turn, self.due = number, 0, 0.0
+        self.socket = socket.create_connection((load.host, load.port), timeout=60.0)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.asked, self.come, self.size = False, b"", 0
+
+    def send(self, body: bytes, due: float) -> None:
+        """Send a whole request."""
+        self.due, self.asked, self.come, self.size = due, True, b"", 0
+        self.socket.sendall(body)
+
+    def receive(self) -> bool:
+        """Take what has come; returns whether the answer is whole.
+
+        Raises:
+            RuntimeError: it is not a success, or the connection ended.
+        """
+        piece = self.socket.recv(1 << 18)
+        if not piece:
+            raise RuntimeError("the service ended a connection")
+        self.come = self.come + piece if self.come else piece
+        if not self.size:
+            end = self.come.find(b"\r\n\r\n")
+            found = LENGTH.search(self.come, 0, end + 2) if end >= 0 else None
+            if end >= 0 and (found is None or not self.come.startswith(b"HTTP/1.1 200")):
+                raise RuntimeError(f"not a success: {self.come[:1000].decode(errors='replace')}")
+            self.size = end + 4 + int(found[1]) if found is not None else 0
+        self.asked = not 0 < self.size <= len(self.come)
+        return not self.asked
+
+    def finish(self) -> None:
+        """Wait for the answer that is under way, and leave."""
+        while self.asked:
+            self.receive()
+        self.socket.close()
 
 
-async def main() -> None:
+def main() -> None:
     """Read what to ask, ask until the input ends, print."""
-    told: dict[str, Any] = json.loads(sys.stdin.readline())
-    clients, loop = Clients(Load(**told)), asyncio.get_running_loop()
-
-    def until_the_end() -> None:
-        while os.read(0, 4096):  # not sys.stdin's lock, which the interpreter wants when a client fails
-            pass
-        with contextlib.suppress(RuntimeError):  # the loop is closed: a client failed
-            loop.call_soon_threadsafe(clients.stopped.set)
-
-    threading.Thread(target=until_the_end, daemon=True).start()
-    await clients.run()
+    told: dict[str, Any] = json.loads(open(0, "rb", buffering=0, closefd=False).readline())  # noqa: SIM115 - it is not ours to close
+    clients = Clients(Load(**told))
+    clients.run(0)
     print(json.dumps(asdict(clients.counted)))
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

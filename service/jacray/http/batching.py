@@ -7,10 +7,9 @@ of a kind keeps coming, its batch waits a few milliseconds to fill; work that co
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,8 +21,21 @@ from jacray.http.problems import HttpError, problem
 
 logger = logging.getLogger(__name__)
 
+Found = tuple[Mapping[str, Any], bytes | memoryview]
+"""What a process says of an answer, and the answer's bytes."""
 
-@dataclass(eq=False)
+
+class Waiting(Protocol):
+    """Takes the answer to a piece of work, once: a future does."""
+
+    def done(self) -> bool:
+        """Whether it has come, or is no longer wanted."""
+
+    def set_result(self, found: Found, /) -> None:
+        """It has come."""
+
+
+@dataclass(eq=False, slots=True)
 class Ask:
     """One piece of small work that waits for its answer.
 
@@ -32,8 +44,9 @@ class Ask:
         kind: what it can be computed together with; None for nothing.
         model: which model it needs, to find a process that has it warm.
         samples: how many it holds.
-        item: what the process is told about it.
+        item: what the process is told about it; pieces that share it differ in their bodies' numbers alone.
         body: its bytes, or empty where a file holds them.
+        answer: takes its answer.
     """
 
     user: str
@@ -42,10 +55,8 @@ class Ask:
     samples: int
     item: Mapping[str, Any]
     body: Sequence[bytes | memoryview]
+    answer: Waiting = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     came: float = field(default_factory=time.monotonic)
-    answer: asyncio.Future[tuple[Mapping[str, Any], bytes | memoryview]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
     tries: int = 0
 
 
@@ -95,6 +106,8 @@ class Small:
         self._waiting = 0
         self._news = asyncio.Event()
         self._recent: dict[Hashable, int] = {}
+        self._alike: Counter[Hashable] = Counter()  # how many of each kind wait
+        self._filling: dict[Hashable, tuple[int, asyncio.Event]] = {}  # kinds whose batch fills: how many it waits for
         self._seats: list[asyncio.Task[None]] = []
         self._warm: list[OrderedDict[str, None]] = [OrderedDict() for _ in range(count)]
         self._idle: set[int] = set()
@@ -120,35 +133,64 @@ class Small:
         """How much work waits."""
         return self._waiting
 
-    async def compute(self, ask: Ask) -> tuple[Mapping[str, Any], bytes | memoryview]:
+    async def compute(self, ask: Ask) -> Found:
         """Wait for the answer to a piece of work.
 
         Raises:
             HttpError: too much waits already.
         """
-        queue = self._queues.setdefault(ask.user, deque())
+        answer: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+        ask.answer = answer
+        self.begin(ask)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._forget(ask)
+            raise
+
+    def begin(self, ask: Ask) -> None:
+        """Let a piece of work wait; its `answer` is told.
+
+        Raises:
+            HttpError: too much waits already.
+        """
+        queue = self._queues.get(ask.user, ())
         if len(queue) >= self.rules.per_user or self._waiting >= self.rules.in_all:
             rule = (
                 f"may have {self.rules.per_user} requests waiting" if len(queue) >= self.rules.per_user else "is busy"
             )
             raise HttpError(429, "requests", rule, None, "send fewer at a time", {"Retry-After": "1"})
         self._put(ask)
-        try:
-            return await ask.answer
-        except asyncio.CancelledError:
-            self._forget(ask)
-            raise
 
     def _put(self, ask: Ask) -> None:
-        self._queues.setdefault(ask.user, deque()).append(ask)
+        queue = self._queues.get(ask.user)
+        if queue is None:
+            queue = self._queues[ask.user] = deque()
+        queue.append(ask)
         self._waiting += 1
-        self._news.set()
+        if ask.kind is None:
+            self._news.set()
+            return
+        count = self._alike[ask.kind] = self._alike[ask.kind] + 1
+        filling = self._filling.get(ask.kind)
+        if filling is None:
+            self._news.set()
+        elif count >= filling[0]:
+            filling[1].set()
 
     def _forget(self, ask: Ask) -> None:
         queue = self._queues.get(ask.user)
         if queue is not None and ask in queue:
             queue.remove(ask)
-            self._waiting -= 1
+            self._taken(ask)
+
+    def _taken(self, ask: Ask) -> None:
+        """A piece of work waits no more."""
+        self._waiting -= 1
+        if ask.kind is not None:
+            self._alike[ask.kind] -= 1
+            if not self._alike[ask.kind]:
+                del self._alike[ask.kind]
 
     async def _serve(self, seat: int) -> None:
         """One seat: keep a process in it, and give it batches for ever."""
@@ -192,48 +234,54 @@ class Small:
         """The next batch for a seat: the oldest work of the user whose turn it is, and what goes with it."""
         while True:
             self._idle.add(seat)
-            while not self._waiting:
+            first = self._pick(seat)
+            while first is None:  # nothing waits, or another seat will take it: its model is warm there, or it fills
                 self._news.clear()
                 await self._news.wait()
-            first = self._pick(seat)
-            if first is None:  # another idle seat has its model warm and will take it
-                await asyncio.sleep(0)
-                continue
+                first = self._pick(seat)
             self._idle.discard(seat)
             if first.kind is not None and self._recent.get(first.kind, 1) > 1:
                 await self._fill(first)
-            if first.answer.done():
-                continue
-            return self._gather(first)
+            batch = [] if first.answer.done() else self._gather(first)
+            if self._waiting:
+                self._news.set()  # for seats that left it to this one
+            if batch:
+                return batch
 
     def _pick(self, seat: int) -> Ask | None:
-        """Take the first work of the next user, unless a free seat suits it better."""
+        """Take the first work of the next user, unless another seat suits it better."""
         for user in list(self._queues):
             queue = self._queues[user]
             if not queue:
                 del self._queues[user]
                 continue
-            ask = queue[0]
+            ask = next((one for one in queue if one.kind is None or one.kind not in self._filling), None)
+            if ask is None:
+                continue
             better = any(ask.model in self._warm[other] for other in self._idle if other != seat)
             if better and ask.model not in self._warm[seat]:
                 continue
-            queue.popleft()
-            self._waiting -= 1
+            queue.remove(ask)
+            self._taken(ask)
             self._queues.move_to_end(user)
             return ask
         return None
 
     async def _fill(self, first: Ask) -> None:
         """Wait for as many as came last time, but no longer than the window."""
-        until = first.came + self.rules.window
         wanted = min(self._recent.get(first.kind, 1), self.rules.asks) - 1
-        while (left := until - time.monotonic()) > 0 and self._alike(first) < wanted:
-            self._news.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), left)
-
-    def _alike(self, first: Ask) -> int:
-        return sum(ask.kind == first.kind for queue in self._queues.values() for ask in queue)
+        left = first.came + self.rules.window - time.monotonic()
+        if left <= 0 or self._alike[first.kind] >= wanted:
+            return
+        full = asyncio.Event()
+        self._filling[first.kind] = wanted, full
+        try:
+            async with asyncio.timeout(left):
+                await full.wait()
+        except TimeoutError:
+            pass
+        finally:
+            del self._filling[first.kind]
 
     def _gather(self, first: Ask) -> list[Ask]:
         """The work that is computed with the first: of its kind, users in turn, within the bounds."""
@@ -255,7 +303,8 @@ class Small:
         for user, waiting in self._queues.items():
             if taken:
                 self._queues[user] = deque(ask for ask in waiting if id(ask) not in taken)
-        self._waiting -= len(taken)
+        for ask in batch[1:]:
+            self._taken(ask)
         self._recent[first.kind] = len(batch)
         while len(self._recent) > 1024:
             self._recent.pop(next(iter(self._recent)))
@@ -264,9 +313,7 @@ class Small:
     async def _run(self, process: Process, seat: int, batch: list[Ask]) -> bool:
         """Compute a batch; returns whether the process can go on."""
         began = time.monotonic()
-        # Work of one kind has one model, which need not be told for every piece.
-        rest = [{name: part for name, part in ask.item.items() if name != "model"} for ask in batch[1:]]
-        head = {"id": id(batch), "items": [batch[0].item, *rest]}
+        head = {"id": id(batch), "items": _told(batch)}
         payload = [part for ask in batch for part in ask.body]
         try:
             async with asyncio.timeout(self.rules.seconds):
@@ -287,7 +334,8 @@ class Small:
             self._warm[seat].popitem(last=False)
         self._watch.batch(len(batch), began - batch[0].came, found["facts"])
         at, view = 0, memoryview(data)
-        for ask, answer in zip(batch, found["answers"], strict=True):
+        answers = found["answers"] if "times" not in found["answers"][0] else found["answers"] * len(batch)
+        for ask, answer in zip(batch, answers, strict=True):
             count = 0 if "file" in answer else answer.get("size", 0)
             if not ask.answer.done():
                 ask.answer.set_result((answer, view[at : at + count]))
@@ -306,6 +354,15 @@ class Small:
                 self._put(ask)
             else:
                 _fail(ask, error)
+
+
+def _told(batch: Sequence[Ask]) -> list[Mapping[str, Any]]:
+    """What a process is told of a batch: once for pieces that differ in their numbers alone."""
+    first = batch[0].item
+    if len(batch) > 1 and all(ask.item is first for ask in batch):
+        return [{**first, "times": len(batch)}]
+    # Work of one kind has one model, which need not be told for every piece.
+    return [first, *({name: part for name, part in ask.item.items() if name != "model"} for ask in batch[1:])]
 
 
 def _too_long(seconds: float) -> JobError:

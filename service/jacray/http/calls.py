@@ -24,6 +24,11 @@ GRACE = 10.0
 _IN_THREAD = 1 << 16
 
 
+async def _nothing() -> AsyncIterator[bytes]:
+    for piece in tuple[bytes, ...]():
+        yield piece
+
+
 @dataclass(frozen=True)
 class Call:
     """A request.
@@ -39,7 +44,7 @@ class Call:
     path: Mapping[str, str]
     query: Mapping[str, str]
     headers: Mapping[str, str]
-    body: AsyncIterator[bytes]
+    body: AsyncIterator[bytes] = field(default_factory=_nothing)
 
     @property
     def media(self) -> str:

@@ -175,8 +175,9 @@ class Jobs:
         record.cancelled_by = why
         if self._turns.leave(record):
             self._end(record, "cancelled", problem(_cancelled(record)))
-        elif self._process is not None and self._process.ready:
-            await self._process.send({"do": "cancel", "job": record.id})
+        elif self.ready and self._process is not None:
+            with contextlib.suppress(ProcessLostError):  # then `_lost` ends it
+                await self._process.send({"do": "cancel", "job": record.id})
 
     async def remove(self, record: Record) -> None:
         """Forget a job and what it left; one that runs is cancelled first."""
@@ -218,15 +219,18 @@ class Jobs:
                 while True:
                     head, _ = await process.receive()
                     self._hear(head)
-            except (ProcessLostError, TimeoutError, OSError) as error:
-                logger.error("the process that runs jobs ended: %s", error)
+            except Exception as error:  # whatever it was, jobs need somebody who runs them
+                told = isinstance(error, ProcessLostError | TimeoutError | OSError)
+                logger.error("the process that runs jobs ended: %s", error, exc_info=None if told else error)
                 self.metrics.process_lost("jobs")
+                # At once: what came from here on would be given to a process that is gone, and wait for ever.
+                self._process = None
                 self._lost()
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, 30.0)
             finally:
                 self._process = None
                 await process.stop(GRACE)  # by itself, so that it ends its Ray in order
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 30.0)
 
     def _lost(self) -> None:
         """Queue again what ran in a process that is gone; what was lost too often fails."""

@@ -57,10 +57,14 @@ class Message:
 
     def encode(self) -> tuple[bytes, list[memoryview]]:
         """The header, and each tensor's bytes in order."""
-        # Wide numbers first, so that every tensor starts at a multiple of its own width.
-        order = sorted(self.tensors, key=lambda name: -self.tensors[name].element_size())
+        order = self.order()
         rows = [(name, NAMES[self.tensors[name].dtype], tuple(self.tensors[name].shape)) for name in order]
         return write_header(self.about, rows), [raw(self.tensors[name]) for name in order]
+
+    def order(self) -> list[str]:
+        """The tensors' names in the order of their bytes."""
+        # Wide numbers first, so that every tensor starts at a multiple of its own width.
+        return sorted(self.tensors, key=lambda name: -self.tensors[name].element_size())
 
 
 def raw(tensor: Tensor) -> memoryview:

@@ -208,13 +208,13 @@ EVERYWHERE: Mapping[int, str] = {
     416: "the message has no such bytes",
     415: "a media type that is not taken here",
     422: "it breaks a rule: key, rule, value and way out say which",
-    429: "too much of yours waits already",
+    429: "too much of yours waits already, or too many connections are yours",
     500: "a fault of the service",
     503: "the service is starting or stopping",
 }
 """What each status of a problem means."""
 
-ALWAYS = (401, 403)
+ALWAYS = (401, 403, 429)
 """Statuses that every operation may answer with, unless it is open."""
 
 

@@ -25,10 +25,12 @@ import jacray
 from jacray.http import problems, wire
 from jacray.http.calls import Answer, Call, failed
 from jacray.http.connections import protocol
+from jacray.http.lane import Lane
 from jacray.http.operations import OPERATIONS, Operation, document
 from jacray.http.problems import HttpError, problem
 from jacray.http.service import Service
 from jacray.http.settings import Settings
+from jacray.http.shares import Shares
 from jacray.http.tokens import Tokens
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,16 @@ def _refused(_request: Request, error: Exception) -> Response:
     return Response(wire.dump(found), status, dict(headers or {}), problems.MEDIA)
 
 
+def short_lane(service: Service, tokens: Tokens) -> Lane | None:
+    """The short way; None where every answer is told to the log."""
+
+    def who(headers: Mapping[str, str], method: str) -> str:
+        _check_site(headers, method, service.settings)
+        return tokens.who(headers.get("authorization")) or ""
+
+    return None if logger.isEnabledFor(logging.DEBUG) else Lane(service, who)
+
+
 class _Endpoint:
     """The operations of one path as an ASGI application."""
 
@@ -122,6 +134,10 @@ class _Endpoint:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         _check_site(headers, scope["method"], self.service.settings)
         user = "" if operation.open else self._user(headers)
+        if user and not scope["jacray.belongs"](user):
+            rule = f"may be {self.service.limits.connections_per_user} at a time for each user"
+            hang_up = {"Retry-After": "1", "Connection": "close"}
+            raise HttpError(429, "connections", rule, None, "close some, or send more over each", hang_up)
         scope["jacray.user"] = user
         query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
         return Call(user, scope.get("path_params", {}), query, headers, _body(receive))
@@ -222,6 +238,12 @@ class _Sender:
             raise ConnectionError("the client does not take its answer") from None
 
 
+async def send_answer(answer: Answer, scope: Any, send: Send, idle: float) -> None:
+    """Send an answer that came of a request which went the short way, and is too large for it."""
+    with contextlib.suppress(ConnectionError):
+        await _Sender(scope, send, idle).send(answer)
+
+
 class _Server(uvicorn.Server):
     """Bounds what its parent leaves open: handshakes that never end, and streams that hold up a stop."""
 
@@ -249,8 +271,10 @@ def make_server(settings: Settings, tokens: Tokens) -> uvicorn.Server:
     tls: dict[str, Any] = {}
     if settings.tls_cert is not None and settings.tls_key is not None:
         tls = {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
+    shares = Shares(settings.limits.connections_per_user if len(tokens) else None)
+    connections = protocol(settings.limits, shares, short_lane(service, tokens), send_answer)
     config = uvicorn.Config(
-        application(service, tokens), host=settings.host, port=settings.port, http=protocol(settings.limits),
+        application(service, tokens), host=settings.host, port=settings.port, http=connections,
         ws="none", lifespan="on", log_config=None, access_log=False, server_header=False,
         proxy_headers=False, timeout_keep_alive=int(settings.limits.idle_seconds),
         timeout_graceful_shutdown=int(settings.limits.stop_seconds) + 1, **tls,

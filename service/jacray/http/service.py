@@ -11,17 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jacray_workers.errors import InputError
+from jacray_workers.errors import InputError, UserError
 
 from jacray.failures import ON_ERROR
 from jacray.http import spool, wire
-from jacray.http.batching import Ask, Rules, Small
+from jacray.http.batching import Ask, Rules, Small, Waiting
 from jacray.http.calls import Answer, Body, Call, failed, file_pieces, receive, said
 from jacray.http.database import Database
 from jacray.http.jobs import Jobs
 from jacray.http.metrics import Metrics
 from jacray.http.policy import Policy
 from jacray.http.pool import Process
+from jacray.http.recipes import Kept, Recipe
 from jacray.http.settings import Settings
 from jacray.http.shapes import kind_of
 from jacray.http.uploads import Uploads
@@ -45,6 +46,7 @@ class Service:
         self.settings, self.limits = settings, settings.limits
         self.metrics = Metrics()
         self.stopping = False
+        self.healthy = said({"status": "ok"})
         state = settings.state.resolve()
         for name in ("incoming", "empty"):
             (state / name).mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,7 @@ class Service:
             self.limits.window_seconds, self.limits.batch_samples, self.limits.batch_requests,
             self.limits.compute_seconds, self.limits.waiting_per_user, self.limits.waiting,
         )  # fmt: skip
+        self._recipes: Kept[Recipe] = Kept()
         self.small = Small(self._process, settings.workers, rules, self.metrics)
         self.jobs = Jobs(state / "jobs", self.database, self._runner, self.limits, self.metrics)
 
@@ -94,7 +97,7 @@ class Service:
 
     async def health(self, _call: Call) -> Answer:
         """The process runs and its event loop goes round."""
-        return said({"status": "ok"})
+        return self.healthy
 
     async def readiness(self, _call: Call) -> Answer:
         """Whether work is taken now."""
@@ -117,30 +120,65 @@ class Service:
             self.metrics.served("compute", time.monotonic() - began, body.size)
 
     async def _compute(self, call: Call, body: Body) -> Answer:
-        about, header = await self._about(body, _SMALL_OPTIONS)
-        ask = self._ask(call, body, about, header)
-        answer, data = await self.small.compute(ask)
+        ask = await self._ask(call, body)
+        return self.answer(*await self.small.compute(ask), call.accept)
+
+    def answer(self, answer: Mapping[str, Any], data: bytes | memoryview, accept: str) -> Answer:
+        """What a process answered, as it is sent."""
         if "problem" in answer:
             return failed(answer["problem"], answer.get("headers"))
-        size, media = answer["size"], "application/json" if call.accept == "json" else wire.MEDIA
+        size, media = answer["size"], "application/json" if accept == "json" else wire.MEDIA
         if "file" in answer:
             return Answer(200, file_pieces(Path(answer["file"]), size, forget=True), media, size=size)
         return Answer(200, data, media)
+
+    def begin(self, user: str, accept: str, body: bytes, answer: Waiting) -> bool:
+        """Let small work that has come whole as a few bytes of tensors be computed.
+
+        Returns:
+            Whether it will be; whoever hears no goes the long way, which tells what is wrong.
+        """
+        try:
+            header = wire.read_header(body)
+            recipe = self._recipe(user, accept, header.about, header)
+            if header.total != len(body):
+                return False
+            ask = Ask(user, recipe.kind, recipe.model, recipe.samples, recipe.item, (body,), answer)
+            self.small.begin(ask)
+        except UserError:
+            return False
+        return True
 
     async def _about(self, body: Body, options: Mapping[str, tuple[Any, ...]]) -> tuple[wire.About, wire.Header | None]:
         header = await body.header() if body.media == wire.MEDIA else None
         return check_about(header.about if header is not None else await body.json(), options), header
 
-    def _ask(self, call: Call, body: Body, about: wire.About, header: wire.Header | None) -> Ask:
-        item = self._item(call.user, about)
-        item["accept"], key, stored = call.accept, item["model_key"], item.get("inputs_file")
-        if header is not None:
-            item |= {"file": str(body.file)} if body.file is not None else {"size": body.size}
-        together = body.file is None and stored is None and about.get("options", {}).get("batch", True)
+    async def _ask(self, call: Call, body: Body) -> Ask:
+        about, header = await self._about(body, _SMALL_OPTIONS)
+        recipe = self._recipe(call.user, call.accept, about, header)
+        if header is not None and body.file is not None:
+            told = {**{name: part for name, part in recipe.item.items() if name != "size"}, "file": str(body.file)}
+            return Ask(call.user, None, recipe.model, recipe.samples, told, ())
+        parts = body.parts if header is not None else []
+        return Ask(call.user, recipe.kind, recipe.model, recipe.samples, recipe.item, parts)
+
+    def _recipe(self, user: str, accept: str, about: wire.About, header: wire.Header | None) -> Recipe:
+        """What this request has in common with others of its user; found out anew where anybody's uploads changed."""
+        if header is None or header.text is None or self.settings.data is not None:
+            return self._read(user, accept, about, header)
+        key = (user, accept, header.text, self.uploads.changes)
+        return self._recipes.find(key, lambda: self._read(user, accept, about, header))
+
+    def _read(self, user: str, accept: str, about: wire.About, header: wire.Header | None) -> Recipe:
+        about = check_about(about, _SMALL_OPTIONS)
+        item = self._item(user, about)
+        item["accept"], key, size = accept, item["model_key"], header.total if header is not None else 0
+        if size:
+            item["size"] = size
+        together = "inputs_file" not in item and about.get("options", {}).get("batch", True)
         kind, samples = kind_of(about, header)
         fits = samples <= self.limits.batch_samples // 2
-        parts = body.parts if header is not None and body.file is None else []
-        return Ask(call.user, kind if together and fits else None, key, samples, item, parts)
+        return Recipe(item, kind if together and fits else None, samples, key, size)
 
     def _item(self, user: str, about: wire.About) -> dict[str, Any]:
         """What a process is told of a piece of work: only files that its user may name are in it."""

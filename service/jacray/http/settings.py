@@ -38,6 +38,9 @@ class Limits(Spec):
     running_jobs: Count = Field(default=4, description="jobs that run at a time")
     kept_jobs: Count = Field(default=1000, description="finished jobs that are kept for each user, the latest first")
     connections: Count = Field(default=1024, description="connections that may be open at a time")
+    connections_per_user: Count = Field(
+        default=256, description="how many of them may be one user's, or of one address that has shown no token yet"
+    )
     header_seconds: Seconds = Field(default=10.0, description="a connection must send a request's head within these")
     idle_seconds: Seconds = Field(default=30.0, description="a body or an answer may stand still for so long")
     body_rate: Bytes = Field(default=10_000, description="bytes a second that a slow body must keep up with")

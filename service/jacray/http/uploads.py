@@ -28,6 +28,9 @@ class Uploads:
         folder: where the bytes lie.
         database: who may name what.
         most: the most bytes that one user may keep.
+
+    Attributes:
+        changes: how often what anybody may name has changed.
     """
 
     def __init__(self, folder: Path, database: Database, most: int) -> None:
@@ -35,6 +38,7 @@ class Uploads:
         folder.mkdir(parents=True, exist_ok=True)
         # What every request that names an upload asks, without a trip to the database.
         self._known: dict[tuple[str, str], str] = {}
+        self.changes = 0
 
     async def begin(self) -> None:
         """Read who may name what."""
@@ -59,6 +63,7 @@ class Uploads:
         digest = f"sha256:{body.digest}"
         kept = await self.database.call(lambda c: self._enter(c, user, kind, digest, body))
         self._known[user, digest] = kind
+        self.changes += 1
         return {"digest": digest, "kind": kind, "bytes": body.size, "tensors": len(header.entries)}, kept
 
     def _enter(self, c: sqlite3.Connection, user: str, kind: str, digest: str, body: Body) -> bool:
@@ -133,4 +138,5 @@ class Uploads:
 
         if not await self.database.call(forget):
             self._known.pop((user, digest), None)
+            self.changes += 1
         await self.database.call(sweep)

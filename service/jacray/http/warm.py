@@ -18,17 +18,20 @@ from jacray_workers.planning.explain import size
 from jacray_workers.request import Request, budget_bytes, make_request
 from jacray_workers.validation import explain
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from jacray import receipt
 from jacray.gather import Gather
+from jacray.http import alike
 from jacray.http.messages import RECEIPT, Message, pack_result
 from jacray.http.wire import dump
 from jacray.http.work import Asked
 from jacray.receipt import Ledger
 
 KINDS = 64
+# What an answer holds besides its numbers, at most: header, structure and receipt.
+RECEIPT_BYTES = 1 << 17
 # Work is planned again for a batch more than this many times as large.
 GROWTH = 8
 
@@ -48,6 +51,19 @@ class Settings:
     memory_bytes: int
     base: Path
     import_prefixes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers to some pieces.
+
+    Attributes:
+        data: their bytes, one after another, equally many each.
+        count: how many answers.
+    """
+
+    data: memoryview
+    count: int
 
 
 @dataclass
@@ -114,6 +130,35 @@ class Warm:
             found.append(_message(own, blocks, receipts[count]))
             start += count
         return found
+
+    def alike(self, first: Asked, known: Mapping[str, Tensor], count: int, most: int) -> Answers | None:
+        """Compute pieces that differ in their numbers alone; None where each must be read by itself.
+
+        Args:
+            first: the first piece.
+            known: the tensors of all pieces, `(count, *shape)`.
+            count: how many pieces.
+            most: bytes of one answer.
+
+        Raises:
+            Exception: as from `together`.
+        """
+        held = self._model(first)
+        alone = self._prepared(held, first)
+        fits = apart(alone) and alone.plan.bytes_out + RECEIPT_BYTES <= most
+        batch = alike.joined(alone, first.about, known, first.request) if fits else None
+        if batch is None:
+            return None
+        samples = alone.leaves[0].shape[0]
+        prepared = self._batch(held, alone, first, [batch], samples * count)
+        if prepared is None or not apart(prepared):
+            return None
+        done = _run(prepared)
+        own = replace(prepared, request=first.request, plan=resized(prepared.plan, samples))
+        blocks = parts(prepared.plan, done.blocks, 0, samples)
+        message = _message(own, blocks, _receipt(own, done, count))
+        data = alike.answered(message, prepared.plan, done.blocks, count)
+        return None if data is None else Answers(data, count)
 
     def _batch(
         self, held: _Held, first: Prepared, one: Asked, batches: Sequence[Batch], samples: int

@@ -92,13 +92,15 @@ class Header:
         about: the message besides its tensors.
         entries: the tensors in the order of their bytes.
         size: how many bytes come before the first tensor's.
+        text: the header itself, where it is small: what makes two messages alike in all but their numbers.
     """
 
     about: About
     entries: tuple[Entry, ...]
     size: int
+    text: bytes | None = None
 
-    @property
+    @functools.cached_property
     def total(self) -> int:
         """How many bytes the whole message has."""
         return self.size + (self.entries[-1].stop if self.entries else 0)
@@ -172,7 +174,8 @@ def _read(text: bytes) -> Header:
         if entry.start != at:
             raise WireError(f"body.{entry.name}", f"must start at byte {at}, where the one before it ends", entry.start)
         at = entry.stop
-    return Header(_about(metadata), tuple(entries), PREFIX + len(text))
+    small = text if PREFIX + len(text) < _SMALL else None
+    return Header(_about(metadata), tuple(entries), PREFIX + len(text), small)
 
 
 def load(text: bytes | str, argument: str) -> Any:

@@ -34,6 +34,7 @@ class Asked:
         request: with its directions.
         request_key: what tells requests apart, their directions aside.
         accept: `tensors` or `json`.
+        about: the message that it came with.
     """
 
     model: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Asked:
     request: Request
     request_key: str
     accept: str
+    about: Mapping[str, Any]
 
 
 def read_asked(item: Mapping[str, Any], data: Any) -> Asked:
@@ -70,7 +72,7 @@ def read_asked(item: Mapping[str, Any], data: Any) -> Asked:
         if about.get("request", {}).get(name) is not None
     }
     request = fields.model_copy(update=given) if given else fields
-    return Asked(item["model"], item["model_key"], inputs, request, key, item.get("accept", "tensors"))
+    return Asked(item["model"], item["model_key"], inputs, request, key, item.get("accept", "tensors"), about)
 
 
 def without_directions(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -24,7 +25,8 @@ from tests.serving import ALICE, BOB, Server, serving
 LIMITS = {
     "body_bytes": 300_000, "json_bytes": 20_000, "json_numbers": 50, "stored_bytes": 300_000, "result_bytes": 1_000_000,
     "job_bytes": 2_000_000, "jobs_per_user": 2, "running_jobs": 1, "compute_seconds": 8, "job_seconds": 6,
-    "header_seconds": 1, "idle_seconds": 2, "connections": 50, "kept_jobs": 3,
+    "header_seconds": 1, "idle_seconds": 2, "connections": 50, "connections_per_user": 20,
+    "kept_jobs": 3,
 }  # fmt: skip
 LONG = {"kind": "random", "shape": [20_000, 64]}
 DEEP = {"kind": "layers", "layers": [{"kind": "Linear", "in_features": 64, "out_features": 64}, {"kind": "Tanh"}] * 30}
@@ -261,6 +263,57 @@ def test_too_many_connections_are_refused_and_do_no_harm(strict: Server) -> None
     time.sleep(2.5)
     for connection in many:
         connection.close()
+    assert strict.ask("GET", "/healthz", token="")[0] == 200
+
+
+def test_nobody_holds_all_connections(strict: Server) -> None:
+    def ask(connection: http.client.HTTPConnection, token: str, path: str = "/v1/models") -> tuple[int, Any]:
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"})
+        answer = connection.getresponse()
+        return answer.status, (answer.headers, json.loads(answer.read()))
+
+    with contextlib.ExitStack() as stack:
+        many = [stack.enter_context(contextlib.closing(strict.connection())) for _ in range(24)]
+        found = [ask(connection, ALICE) for connection in many]
+        assert [status for status, _ in found] == [200] * 20 + [429] * 4
+        headers, told = found[-1][1]
+        assert (told["key"], headers["retry-after"], headers["connection"]) == ("connections", "1", "close")
+        assert ask(many[0], ALICE)[0] == 200, "on those that she has she may go on"
+        bob = stack.enter_context(contextlib.closing(strict.connection()))
+        assert ask(bob, BOB)[0] == 200
+        assert ask(many[1], BOB)[0] == 200, "a connection belongs to who asked on it last"
+        assert ask(stack.enter_context(contextlib.closing(strict.connection())), ALICE)[0] == 200
+    assert strict.ask("GET", "/v1/models")[0] == 200
+
+
+def test_small_work_and_states_count_as_other_requests_do(strict: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        many = [stack.enter_context(contextlib.closing(strict.connection())) for _ in range(21)]
+        body = message(
+            {"model": NET, "inputs": {"tensors": {"key": "inputs.0"}}}, ("inputs.0", "F32", [1, 3], bytes(12))
+        )
+        headers = {"Authorization": f"Bearer {ALICE}", "Content-Type": wire.MEDIA}
+        statuses = []
+        for connection in many:
+            connection.request("POST", "/v1/compute", body, headers)
+            answer = connection.getresponse()
+            answer.read()
+            statuses.append(answer.status)
+        assert statuses == [200] * 20 + [429]
+
+
+def _healthy(connection: socket.socket) -> bool:
+    try:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        return connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    except ConnectionError:
+        return False
+
+
+def test_who_shows_no_token_does_not_hold_all_connections(strict: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        answered = [_healthy(stack.enter_context(strict.socket())) for _ in range(30)]
+        assert answered == [True] * 20 + [False] * 10
     assert strict.ask("GET", "/healthz", token="")[0] == 200
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,104 @@ def test_a_stopped_service_ends_in_order_and_leaves_what_it_could_not_finish(tmp
         server.stop()
 
 
+def runner(server: Server, other_than: int = 0) -> int:
+    """The process that runs jobs, once there is another one than before."""
+    until = time.monotonic() + 100
+    while True:
+        found = [child.pid for child in children(server) if "jacray.http.runner" in _words(child)]
+        if found and found[0] != other_than:
+            return found[0]
+        assert time.monotonic() < until, server.said()
+        time.sleep(0.02)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
+
+
+def kill_runner(server: Server) -> int:
+    pid = runner(server)
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def until(job: Any, server: Server, holds: Callable[[Any], bool]) -> None:
+    """Ask for a job's state until something holds of it."""
+    end = time.monotonic() + 100
+    while not holds(job.status()):
+        assert time.monotonic() < end, (job.status(), server.said())
+        time.sleep(0.005)
+
+
+SMALL: dict[str, Any] = {"method": "reverse", "verify": False}
+
+
+def test_whatever_its_jobs_were_doing_when_the_runner_was_killed_they_all_end(tmp_path: Path) -> None:
+    server = Server(tmp_path / "state", ("--workers", "1", "--limit", "running_jobs=2")).start()
+    try:
+        with server.client() as client:
+            running, planning = started(client, server), client.submit(NET, torch.ones(3, 3), **SMALL)
+            waiting = [client.submit(NET, torch.full((2, 3), float(i)), **SMALL) for i in range(3)]
+            waiting[2].cancel()
+            killed = kill_runner(server)
+            end = time.monotonic() + 30
+            while "the process that runs jobs ended" not in server.said():
+                assert time.monotonic() < end
+            # It is gone, and the next is not there yet: what comes now must not be given to the one that is gone.
+            late = [client.submit(NET, torch.full((2, 3), 7.0), **SMALL) for _ in range(3)]
+            late[2].cancel()
+            running.status()
+            for job in (running, planning, *waiting[:2], *late[:2]):
+                job.result(timeout=100)
+            for job in (waiting[2], late[2]):
+                assert job.wait(100)
+                assert job.status().state in ("cancelled", "done")
+            assert runner(server) != killed
+            here = jacray.jacobian(as_model(NET), torch.full((2, 3), 7.0), method="reverse")
+            assert all(torch.equal(job.result().jacobian, here) for job in late[:2])
+            assert running.status().samples_done == 120
+    finally:
+        server.stop()
+
+
 @pytest.mark.slow
-def test_a_killed_runner_costs_its_jobs_nothing_but_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["starting", "running", "committing", "cancelled", "streaming", "twice"])
+def test_a_killed_runner_costs_its_jobs_nothing_but_time(tmp_path: Path, moment: str) -> None:
     server = Server(tmp_path / "state", ("--workers", "1")).start()
     try:
         with server.client() as client:
-            job = started(client, server)
-            runner = next(child for child in children(server) if "jacray.http.runner" in child.cmdline())
-            os.kill(runner.pid, signal.SIGKILL)
-            assert job.result(timeout=200).norms.shape == (120,)
-            assert job.status().samples_done == 120
+            done = client.submit(DEEP, MANY, **{**SLOW, "seed": 1})
+            here = done.result(timeout=200)
+            job = client.submit(DEEP, MANY, **SLOW)
+            if moment in ("running", "cancelled", "twice"):
+                until(job, server, lambda status: status.state == "running" and status.samples_done > 10)
+            if moment == "committing":
+                until(job, server, lambda status: status.samples_done == 120)
+            if moment == "cancelled":
+                job.cancel()
+            if moment == "streaming":  # of a job that is done: the service streams it, whatever becomes of the runner
+                found: list[Any] = []
+                reader = threading.Thread(target=lambda: found.append(client.job(done.id).result()))
+                reader.start()
+            killed = kill_runner(server)
+            if moment == "twice":
+                again = runner(server, other_than=killed)
+                until(job, server, lambda status: status.state == "running")
+                os.kill(again, signal.SIGKILL)
+            if moment == "streaming":
+                reader.join(100)
+                assert torch.equal(found[0].jacobian, here.jacobian)
+            assert job.wait(200)
+            if moment == "cancelled":
+                assert job.status().state == "cancelled"
+            else:
+                assert torch.equal(job.result().jacobian, here.jacobian)
+                assert job.status().samples_done == 120
+            late = client.submit(NET, torch.ones(2, 3), **SMALL)
+            assert late.result(timeout=100).jacobian.shape == (2, 2, 3)
     finally:
         server.stop()
 
