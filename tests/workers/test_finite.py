@@ -7,6 +7,9 @@ import torch
 from jacray_workers.shard import NonFinite
 from jacray_workers.trust import finite
 from jacray_workers.trust.finite import locate
+from torch import nn
+
+from tests.door import compute
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
@@ -65,3 +68,11 @@ def test_a_factored_block_is_dense_only_where_it_is_bad():
     x[2, 1, 0] = math.nan
     x[3, 0, 0] = math.inf
     assert locate("j", blocks.as_block(x, (3,)), 0, 10) == NonFinite("j", 2, 12)
+
+
+@pytest.mark.parametrize("at", [0, 40, 99])
+def test_what_is_looked_at_chunk_by_chunk_is_found_as_in_the_whole(at):
+    x = torch.randn(100, 50)
+    x[at, 7] = math.nan
+    (result,) = compute(nn.Sequential(nn.Linear(50, 20), nn.Tanh()), x, chunk_size=16, method="backward_loop").shards
+    assert result.nonfinite == (NonFinite("jacobian", 20 * 50, at),)

@@ -14,10 +14,11 @@ from jacray_workers.kernels import NAMES, backward_loop, common, lacks, pick
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.resolve import place, resolve
 from jacray_workers.request import make_request
-from torch import nn
+from torch import Tensor, nn
 
 from tests import reference
 from tests.contraction import by_place, pulled, pushed, rows_of
+from tests.door import compute
 from tests.workers.nets import drawn
 
 METHODS = pytest.mark.parametrize("method", NAMES)
@@ -222,3 +223,40 @@ def test_a_method_that_lacks_a_pass_says_so():
             if "vjp" in lacks(method):
                 with pytest.raises(MethodError):
                     kernel.vjp(problem, batch, torch.ones(1, 2, 2))
+
+
+class WritesAmongMany(nn.Module):
+    """Writes into its inputs from some size of batch on, past autograd, to no effect."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 8:
+            with torch.no_grad():
+                x.mul_(1.0)
+        return (x**3).sum(dim=1, keepdim=True)
+
+
+class WritesWhatIsLarge(nn.Module):
+    """Writes into its inputs where a number is large, past autograd."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if (x > 100).any():
+                x.clamp_(max=100)
+        return (x**3).sum(dim=1, keepdim=True)
+
+
+def test_a_model_that_writes_into_its_inputs_against_all_that_was_seen_goes_one_by_one() -> None:
+    x = torch.randn(32, 4)
+    found = compute(WritesAmongMany(), x, method="backward_loop")
+    assert found.plan.chunk_size == 1
+    assert "must leave its inputs as they are" in found.plan.notes[-1]
+    assert torch.allclose(found.jacobian[:, 0], 3 * x**2)
+
+
+def test_the_callers_tensors_stay_whole_where_writes_depend_on_numbers() -> None:
+    x = torch.randn(32, 4)
+    x[20, 1] = 200
+    before = x.clone()
+    found = compute(WritesWhatIsLarge(), x, method="backward_loop").jacobian
+    assert torch.equal(x, before)
+    assert torch.allclose(found[:, 0], 3 * before.clamp(max=100) ** 2)

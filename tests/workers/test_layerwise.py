@@ -263,3 +263,15 @@ def test_positions_that_the_output_does_not_read_are_not_kept() -> None:
         spoiled = layerwise.jacobian(problem, batch)[0]
     assert spoiled[1].isnan().any()
     assert spoiled[[0, 2]].isfinite().all()
+
+
+def test_rows_in_flight_are_bounded_by_what_a_cotangent_passes_not_by_weights() -> None:
+    body, head = nn.Sequential(nn.Linear(6, 32), nn.Tanh()), nn.Linear(32, 3000)
+    net, x = nn.Sequential(body, head), torch.randn(2, 6, dtype=torch.float64)
+    of_head = problem_of(net, x, "1.*")
+    with of_head[0].session():
+        assert layerwise.record(*of_head).widest == 0
+    of_body = problem_of(net, x, "0.*")
+    with of_body[0].session():
+        # The head's own result, of which each cotangent is a row of the identity, or the hidden layer's.
+        assert layerwise.record(*of_body).widest in (2 * 32 * 8, 2 * 3000 * 8)

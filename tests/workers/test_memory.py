@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
 
+import jacray
 import pytest
 import torch
 from jacray_workers.engine import prepare, run_shard
 from jacray_workers.errors import BudgetError
 from jacray_workers.plan import Shard
-from jacray_workers.planning import memory
+from jacray_workers.planning import heap, memory, sizing
 from jacray_workers.planning.memory import Line, fit
 from jacray_workers.request import budget_bytes, make_request
 from torch import Tensor, nn
@@ -42,6 +44,71 @@ def test_measure_sees_what_is_alive_at_once() -> None:
         del a, b
 
     assert memory.measure(work, torch.device("cpu")) == 6000
+
+
+def test_measure_does_not_count_what_stood_before() -> None:
+    given = torch.zeros(1_000_000)
+
+    def work() -> None:
+        torch.empty(100).copy_(given[:100].detach())
+
+    assert memory.measure(work, torch.device("cpu"), [given]) == 400
+
+
+def test_samples_out_of_a_large_batch_go_in_chunks_as_large_as_their_own_work_allows() -> None:
+    x = torch.randn(4000, 1000)
+    few = jacray.plan(Squares(), x, method="backward_loop")
+    assert few.chunk_size > sizing.SEVERAL
+    assert few.peak_bytes < 4 * x.nbytes
+    assert torch.equal(jacray.jacobian(Squares(), x, method="backward_loop")[:, 0], 2 * x)
+
+
+class Squares(nn.Module):
+    """The sum of the squares of a row, `(B, n)` to `(B, 1)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x**2).sum(dim=1, keepdim=True)
+
+
+# Blocks of 16 MiB, some at a time, written and freed; then how many pages had to be mapped to do it again.
+FAULTS = """
+import resource, sys
+import torch
+from jacray_workers.planning import heap
+
+def work():
+    blocks = [torch.empty(1 << 22).fill_(1.0) for _ in range(10)]
+
+heap.settle(int(sys.argv[1]))
+for _ in range(3):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(heap._libc("mallopt") is None, reason="the C library is not glibc")
+@pytest.mark.parametrize("variables", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}], ids=["ours", "as-the-user-set-it"])
+def test_memory_stays_for_the_next_chunk_unless_the_user_has_bounded_it(variables: dict[str, str]) -> None:
+    command = [sys.executable, "-c", FAULTS, str(1 << 33)]
+    own = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")}
+    done = subprocess.run(command, env={**own, **variables}, capture_output=True, text=True, check=True, timeout=100)
+    # Ten blocks have 40,960 pages of 4 KiB, and are written five times.
+    assert int(done.stdout) > 100_000 if variables else int(done.stdout) < 1000
+
+
+def test_a_small_budget_leaves_the_library_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(heap, "_told", [])
+    monkeypatch.setattr(heap, "_libc", lambda _: lambda *asked: told.append(asked))
+    heap.settle(1 << 27)
+    assert not told
+    for budget in (1 << 40, 1 << 27, 1 << 27):
+        heap.settle(budget)
+    # Once told it is told of smaller budgets too, and nothing twice.
+    assert [size for what, size in told if what == -1] == [heap.KEPT, 1 << 23]
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(100, 100), ("2KiB", 2048), ("3kB", 3000), ("50%", 500), (0.25, 250)])
@@ -156,7 +223,7 @@ def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 
 # From here on the highest mark is this call's own, and nothing is held that it could use again.
-from jacray_workers.planning import memory
+from jacray_workers.planning import heap, memory, sizing
 memory.trim()
 open("/proc/self/clear_refs", "w").write("5")
 before = status("VmRSS")

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from jacray_workers.errors import MethodError
+from jacray_workers.errors import MethodError, ModelError
 from jacray_workers.kernels.common import WHOLE, basis, begun, blocks_for, gradients, per_sample, reach, singly, varied
+from jacray_workers.problem.cache import SAME_STEPS
 from jacray_workers.problem.problem import Problem
 from jacray_workers.sharing import math_attention
 from jacray_workers.unwanted import look
@@ -74,7 +75,8 @@ def _loop(
 
     def pull_rows(values: Sequence[Tensor], y: Tensor, pull: Pull) -> None:
         for place, row in enumerate(rows):
-            grads = pull(y[:, row].sum(), values, None, row != rows[-1])
+            # An only row needs no taking out, whose derivative is written into zeros.
+            grads = pull(y.sum() if y.shape[1] == 1 else y[:, row].sum(), values, None, row != rows[-1])
             for block, leaf, grad in zip(blocks, problem.leaves, grads, strict=True):
                 block[:, place] = grad if per_sample(leaf) else grad.unsqueeze(0)
             note(place + 1)
@@ -157,8 +159,33 @@ class _Holder(nn.Module):
 
 
 def _outputs(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Tensor:
-    # A model may write into its input; a leaf that requires a gradient forbids that, a view's clone does not.
-    handed = [value.clone() if per_sample(leaf) else value for leaf, value in zip(problem.leaves, values, strict=True)]
+    """The outputs at these leaves, which a model may write into: it is handed copies where that cannot be ruled out.
+
+    A leaf that requires a gradient forbids writes, and so does a view of one, unless gradients are switched off.
+
+    Raises:
+        ModelError: the model wrote into its inputs, against all that was seen of it.
+    """
+    own = [value for leaf, value in zip(problem.leaves, values, strict=True) if per_sample(leaf)]
+    if not problem.memo.get(SAME_STEPS):
+        return _run(problem, _handed(problem, values, torch.Tensor.clone), batch)
+    before = [value._version for value in own]
+    y = _run(problem, _handed(problem, values, _view), batch)
+    if any(value._version != version for value, version in zip(own, before, strict=True)):
+        rule = "must leave its inputs as they are, or write into them at the first sample already"
+        raise ModelError("model", rule, None, "let it work on a clone of its inputs")
+    return y
+
+
+def _view(t: Tensor) -> Tensor:
+    return t.view_as(t)
+
+
+def _handed(problem: Problem, values: Sequence[Tensor], hand: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    return [hand(value) if per_sample(leaf) else value for leaf, value in zip(problem.leaves, values, strict=True)]
+
+
+def _run(problem: Problem, handed: Sequence[Tensor], batch: Sequence[Tensor]) -> Tensor:
     if all(per_sample(leaf) for leaf in problem.leaves):
         return problem.forward(handed, batch)
     # The old kind of checkpoint drops the parameters within it where no input requires a gradient.

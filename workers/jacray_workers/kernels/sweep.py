@@ -46,7 +46,7 @@ def sweep(start: Tensor, places: Sequence[Any], vs: Tensor) -> list[Tensor | Non
     root = get_gradient_edge(start)
     edges = [get_gradient_edge(p) if isinstance(p, Tensor) else p for p in places]
     wanted = [(edge.node, edge.output_nr) for edge in edges]
-    order = _order(root.node, {node for node, _ in wanted})
+    order = ordered(root.node, {node for node, _ in wanted})
     if any(isinstance(node, BackwardCFunction) for node in order):
         return None
     with torch.no_grad():
@@ -60,7 +60,7 @@ def _by_sample(vs: Tensor) -> Tensor:
     return vs.transpose(0, 1).contiguous().transpose(0, 1) if vs.dim() > 1 and 0 in vs.stride()[:2] else vs
 
 
-def _order(root: Node, targets: set[Node]) -> list[Node]:
+def ordered(root: Node, targets: set[Node]) -> list[Node]:
     """The nodes on the ways from the root to the targets, each behind all that lead to it."""
     leads: dict[Node, bool] = {}
     found: list[Node] = []

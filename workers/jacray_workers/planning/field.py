@@ -129,7 +129,7 @@ def _try(case: Case, candidate: Candidate, best: float) -> Tried:
     looks: list[Look] = []
 
     def compare(_: Any) -> float:
-        looks[:] = [look(run, problem.device)]
+        looks[:] = [look(run, problem.device, case.leaves)]
         return max(_disagreement(case, looks[0].blocks, known), _passes_beside(case, kernel, batch, known))
 
     refused = trial.admits(candidate.method, problem, known, compare)
@@ -232,7 +232,7 @@ def _peaks(case: Case, candidate: Candidate, batch: list[Tensor], peak: int) -> 
 
 def _peak(case: Case, kernel: Any, batch: list[Tensor], rows: range | None = None) -> int:
     """Bytes of tensors alive at once in a run on these samples."""
-    return memory.measure(runner(case, kernel, batch, rows), case.problem.device)
+    return memory.measure(runner(case, kernel, batch, rows), case.problem.device, case.leaves)
 
 
 def _disagreement(case: Case, found: list[Tensor], known: trial.Reference | None) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from jacray_workers.errors import ModelError, Plain
 from jacray_workers.planning.reading import what_is_read
 from jacray_workers.problem.blame import accuse
-from jacray_workers.problem.cache import READS_OWN
+from jacray_workers.problem.cache import READS_OWN, SAME_STEPS
 from jacray_workers.problem.problem import Problem
 from jacray_workers.problem.resolve import place
 from jacray_workers.trust import independence
@@ -70,6 +70,9 @@ def stand(problem: Problem, batch: Sequence[Tensor]) -> Standing:
     read, own = ("nothing", True) if problem.training else what_is_read(problem, batch)
     if own:
         problem.memo[READS_OWN] = True
+    # What reads no numbers takes the same steps for all of them, and writes into no more than its first run did.
+    habits = own or problem.training or problem.writes or problem.stateful
+    problem.memo[SAME_STEPS] = read == "nothing" and not habits
     if read != "nothing":
         good = found.independent and found.same_alone and found.batchable and not problem.random
         if read == "marks" and good and alike(problem, batch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 import math
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from jacray_workers import pages
+from jacray_workers.planning import heap
 from jacray_workers.planning.watching import Watcher
 
 # What is left to the system, to fragmentation and to kernels' own workspaces when no budget is given.
@@ -49,8 +49,11 @@ def _cgroup_free() -> int:
     return 1 << 60
 
 
-def measure(work: Callable[[], Any], device: torch.device) -> int:
+def measure(work: Callable[[], Any], device: torch.device, given: Sequence[Any] = ()) -> int:
     """The peak bytes of tensors alive at once that `work` made, beyond those that stood before.
+
+    Of what stood before a view made under the call looks like new memory, unless it is among `given`: the inputs, of
+    which a chunk is a slice, may be far larger than all that a chunk makes.
 
     On a GPU the allocator's own count; on a CPU every storage made under the call is watched from birth to death, which
     is exact for tensors and the same on every run.
@@ -62,7 +65,7 @@ def measure(work: Callable[[], Any], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device)) - before
-    watch = _Watch()
+    watch = _Watch(given)
     with watch:
         work()
     return watch.peak
@@ -71,11 +74,11 @@ def measure(work: Callable[[], Any], device: torch.device) -> int:
 class _Watch(Watcher):
     """Counts the bytes of live storages that appear under it."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Sequence[Any] = ()) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._known: set[int] = set()
+        self._known = {t.untyped_storage()._cdata for t in given if isinstance(t, Tensor)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -160,9 +163,7 @@ def trim() -> None:
     gigabytes, and a good part of a small budget.
     """
     pages.release()
-    give_back = _malloc_trim()
-    if give_back is not None:
-        give_back(0)
+    heap.give_back()
 
 
 class Keeper:
@@ -170,6 +171,7 @@ class Keeper:
 
     def __init__(self, peak: int, budget: int, device: torch.device) -> None:
         near = device.type == "cpu" and peak > budget * NEAR
+        heap.settle(budget)
         self._most = resident() + budget // 2 if near else 0
 
     def look(self) -> None:
@@ -181,13 +183,3 @@ class Keeper:
 @functools.cache
 def _process(pid: int) -> psutil.Process:
     return psutil.Process(pid)
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], Any] | None:
-    """The function of glibc; other C libraries have none."""
-    try:
-        found: Callable[[int], Any] = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):
-        return None
-    return found

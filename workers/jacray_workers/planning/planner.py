@@ -14,7 +14,7 @@ from jacray_workers.errors import MethodError, ModelError, Plain
 from jacray_workers.kernels import forward
 from jacray_workers.models import torchvision_operators
 from jacray_workers.plan import ArrayPlan, Plan
-from jacray_workers.planning import memory, pricing, sizing, trial
+from jacray_workers.planning import heap, memory, pricing, sizing, trial
 from jacray_workers.planning.case import Case, Tried, budget_of, directions, trial_rows
 from jacray_workers.planning.field import enter, has_short_way
 from jacray_workers.planning.ladder import READS, Standing, stand
@@ -46,6 +46,7 @@ def choose(
         BudgetError: the work cannot fit the memory budget.
     """
     budget = budget_of(request, problem, workers)
+    heap.settle(budget)
     products.refuse_large(problem, request, arrays, budget)
     with problem.session():
         case = _look(problem, leaves, request, arrays, workers, budget, ks, vs)

@@ -138,9 +138,9 @@ def _run(prepared: Prepared, chunk: int, resident: Resident) -> _Tried:
 
     device = prepared.problem.device
     if device.type == "cuda":
-        taken, grown = memory.measure(work, device), 0
+        taken, grown = memory.measure(work, device, prepared.leaves), 0
     else:
-        taken = memory.measure(lambda: resident.during(work), device)
+        taken = memory.measure(lambda: resident.during(work), device, prepared.leaves)
         grown = resident.growth
     return _Tried(min(chunk, found[0]), taken, grown, found[0] < chunk)
 

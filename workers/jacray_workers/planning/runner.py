@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +68,11 @@ class Look:
     seconds: float
 
 
-def look(run: Callable[[], list[Tensor]], device: torch.device) -> Look:
-    """Run once for everything that a run can show."""
+def look(run: Callable[[], list[Tensor]], device: torch.device, given: Sequence[Any]) -> Look:
+    """Run once for everything that a run can show; `given` stood before it."""
     blocks: list[Tensor] = []
     began = time.perf_counter()
-    peak = memory.measure(lambda: blocks.extend(run()), device)
+    peak = memory.measure(lambda: blocks.extend(run()), device, given)
     return Look(blocks, peak, time.perf_counter() - began)
 
 

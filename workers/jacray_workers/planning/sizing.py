@@ -15,9 +15,10 @@ from jacray_workers.rowcuts import cuts
 
 # A chunk's working memory beyond this gains no speed; a shard's blocks beyond it travel badly.
 CHUNK_BYTES = 1 << 28
-# Beyond this it leaves the cache, and the allocator fetches its memory anew for every chunk, which costs work that is
-# all memory traffic several times its time; chunks of few samples cost calls.
-CACHE_BYTES, SEVERAL = 1 << 25, 64
+# Beyond this it leaves the cache, which costs work that is all memory traffic up to twice its time; chunks of few
+# samples cost calls, a few tenths of a millisecond each. Between a half of this and its double little changes, for nets
+# and for plain functions, with one thread and with two.
+CACHE_BYTES, SEVERAL = 1 << 24, 64
 SHARD_BYTES = 1 << 28
 # Shards per worker: enough that the last ones even out and progress shows, few enough that each is worth its dispatch.
 SHARDS_PER_WORKER = 4
@@ -83,10 +84,14 @@ def sizes(
     if line.slope > 0:
         most, cached = (int((room - line.base) / line.slope) for room in (CHUNK_BYTES, CACHE_BYTES))
         cap = max(1, min(most, max(SEVERAL, cached)))
-    chunk = chunk_size or max(1, min(fits, cap, shard))
-    chunk = min(chunk, samples)
+    chunk = min(chunk_size or even(shard, max(1, min(fits, cap, shard))), samples)
     shard = min(samples, math.ceil(shard / chunk) * chunk)
     return Sizes(chunk, shard, rows, line.at(chunk) + held + shard * per_sample)
+
+
+def even(total: int, most: int) -> int:
+    """The chunk of at most so many that needs as few chunks, without a small one at the end."""
+    return math.ceil(total / math.ceil(total / most))
 
 
 def row_cuts(arrays: Sequence[ArrayPlan], apart: bool) -> tuple[int, ...]:

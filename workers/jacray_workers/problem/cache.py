@@ -27,6 +27,8 @@ from jacray_workers.straight.reading import read
 PER_MODEL = 32
 # In a problem's memo: the model looks at values of its own parameters or buffers.
 READS_OWN = "reads own"
+# There too: it reads no values at all and keeps no state, so all batches of one shape meet the same operators.
+SAME_STEPS = "same steps"
 _entries: weakref.WeakKeyDictionary[Any, OrderedDict[Any, Entry]] = weakref.WeakKeyDictionary()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 
 from jacray_workers import rules
 from jacray_workers.blocks.block import write_terms
@@ -21,6 +21,7 @@ from jacray_workers.blocks.terms import Dense, Outer, Term, View
 from jacray_workers.errors import JacrayError
 from jacray_workers.kernels.common import basis
 from jacray_workers.kernels.pullback import Point, Trust, nodes_from, pull
+from jacray_workers.kernels.sweep import ordered
 from jacray_workers.planning.memory import out_of_memory
 from jacray_workers.problem.problem import Problem
 from jacray_workers.rules.linear import LINEAR
@@ -58,8 +59,17 @@ class Tape:
 
     @property
     def widest(self) -> int:
-        """Bytes of the largest tensor that one cotangent of the whole batch becomes on its way back."""
-        metadata = (m for node in nodes_from(self.y.grad_fn) for m in node._input_metadata)
+        """Bytes of the largest tensor that one cotangent of the whole batch becomes on its way back.
+
+        Only what lies on the way to a tap or a leaf: the graph also leads to parameters, which no cotangent reaches.
+        """
+        start = self.y if self.tail is None else self.tail.args[0]
+        if not start.requires_grad:
+            return 0
+        leaves = zip(self.problem.leaves, self.entry.leaves, strict=True)
+        targets = {get_gradient_edge(t).node for leaf, t in leaves if leaf.side != "param"}
+        targets |= {tap.target.edge.node for tap in self.taps if tap is not self.tail}
+        metadata = (m for node in ordered(get_gradient_edge(start).node, targets) for m in node._input_metadata)
         return max((math.prod(m.shape) * m.dtype.itemsize for m in metadata), default=0)
 
 
