@@ -55,6 +55,18 @@ def headed(features: int = 64, width: int = 128, outputs: int = 3100) -> nn.Sequ
     return nn.Sequential(OrderedDict(body=body, head=nn.Linear(width, outputs)))
 
 
+class TwoLayers(nn.Module):
+    """The net 3-64-5 as a user writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 64), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, 3)` to `(B, 5)`."""
+        return self.second(torch.tanh(self.first(x)))
+
+
 class Block(nn.Module):
     """A transformer block over 64 tokens with a small head."""
 
@@ -183,6 +195,11 @@ MLP_INPUTS = Case(
     "mlp-inputs", "J wrt inputs, MLP 784-512-512-10, B=64", lambda: (mlp(784, 512, 512, 10), torch.randn(64, 784))
 )
 TINY = Case("tiny", "J wrt inputs, MLP 3-64-5, N=128", lambda: (mlp(3, 64, 5, activation=nn.Tanh), torch.randn(128, 3)))
+TINY_OWN = Case(
+    "tiny-own",
+    "the same net as a user's own class",
+    lambda: (TwoLayers(), torch.randn(128, 3)),
+)
 CNN_INPUTS = Case(
     "cnn-inputs",
     "J wrt inputs, CNN 1x28x28 (16-32-32, stride 2), B=32",

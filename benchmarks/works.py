@@ -85,6 +85,7 @@ WORKS = (
     Work(nets.LANGUAGE, Target(speed=60), limits.language_model(2, 8000, 64, 16)),
     Work(nets.MLP_INPUTS, Target(speed=1.15, limit=1.3), limits.mlp_inputs(64, MLP)),
     Work(nets.TINY, Target("vmap(jacrev)", speed=4), limits.mlp_inputs(128, (3, 64, 5))),
+    Work(nets.TINY_OWN, Target("vmap(jacrev)", speed=4), limits.mlp_inputs(128, (3, 64, 5))),
     Work(nets.CNN_INPUTS, Target(), (0.0, 4.0 * 32 * 10 * 784)),
     Work(nets.MINILM, Target(speed=1.3), limits.encoder_inputs(2, 6, 32, 384, 1536, 384)),
     Work(nets.NTK, Target("vmap(jacrev)", speed=80), limits.tangent_kernel(16, (784, 1024, 1024, 1024, 8))),

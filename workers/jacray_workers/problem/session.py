@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jacray_workers.errors import ModelError
-from jacray_workers.problem.state import kept, modules_of
+from jacray_workers.problem.state import Snapshot, kept, modules_of
 from jacray_workers.sharing import own_draws
 
 # Not in torch's public names, and not in the stubs either.
@@ -57,17 +57,36 @@ def session(
         yield
 
 
-@contextlib.contextmanager
-def brief_session(module: nn.Module, parts: Sequence[nn.Module]) -> Iterator[None]:
+class BriefSession(contextlib.AbstractContextManager[None]):
     """What of `session` one pass in eval mode needs whose calls are all looked at; parameters may require gradients.
 
     Args:
         module: the model.
-        parts: the module and all within it.
+        parts: the module and all within it, whose `train` is torch's own.
     """
-    compiled = _COMPILED_RUNS_EAGER if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-    with lock_of(module), kept(module, deep=False, parts=parts), _Mode(module, parts, training=False), compiled:
-        yield
+
+    def __init__(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
+        self._lock, self._module, self._parts = lock_of(module), module, parts
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._before = Snapshot(self._module, deep=False, parts=self._parts)
+        self._awake = [part for part in self._parts if part.training]
+        self._compiled = "torch._dynamo" in sys.modules
+        if self._compiled:
+            _COMPILED_RUNS_EAGER.__enter__()
+        for part in self._awake:
+            part.__dict__["training"] = False
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            for part in self._awake:
+                part.__dict__["training"] = True
+            if self._compiled:
+                _COMPILED_RUNS_EAGER.__exit__(*exc)
+            self._before.restore()
+        finally:
+            self._lock.release()
 
 
 def _surroundings(tf32: bool, seed: int | None) -> contextlib.AbstractContextManager[Any]:
@@ -209,19 +228,20 @@ class _CompiledRunsEager(contextlib.AbstractContextManager[None]):
 
     def __init__(self) -> None:
         self._open = 0
-        self._stance = contextlib.ExitStack()
+        self._stance: Any = None
 
     def __enter__(self) -> None:
         with _GUARD:
             if self._open == 0:
-                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
             self._open += 1
 
     def __exit__(self, *exc: object) -> None:
         with _GUARD:
             self._open -= 1
             if self._open == 0:
-                self._stance.close()
+                self._stance.__exit__(None, None, None)
 
 
 _COMPILED_RUNS_EAGER = _CompiledRunsEager()

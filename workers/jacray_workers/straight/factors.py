@@ -43,15 +43,16 @@ def factors(line: Line, passage: Passage) -> list[Factors]:
         line: a net that ends in a weight.
         passage: the batch's way through it up to there.
     """
-    found = [Factors(passage.acts[len(line.weights) - 1], None)]
+    acts = [h.detach() for h in passage.acts[: len(line.weights)]]
+    found = [Factors(acts[-1], None)]
     carried: Tensor | None = None
     for at in range(len(line.weights) - 1, 0, -1):
-        carried = _back(line.weights[at], carried, len(passage.acts[0]))
+        carried = _back(line.weights[at], carried, len(acts[0]))
         diagonal = passage.diagonals[at]
         carried = carried if diagonal is None else diagonal.on_columns(carried, fresh=carried.dim() == 3)
         if carried.dim() == 2:
-            carried = carried.expand(len(passage.acts[0]), -1, -1).contiguous()
-        found.append(Factors(passage.acts[at - 1], carried))
+            carried = carried.expand(len(acts[0]), -1, -1).contiguous()
+        found.append(Factors(acts[at - 1], carried))
     return found[::-1]
 
 

@@ -20,7 +20,7 @@ from jacray_workers import pages
 from jacray_workers.blocks.block import Block
 from jacray_workers.plan import Plan
 from jacray_workers.problem.problem import as_module
-from jacray_workers.problem.session import brief_session
+from jacray_workers.problem.session import BriefSession
 from jacray_workers.problem.state import modules_of
 from jacray_workers.request import Request
 from jacray_workers.straight import factors, running
@@ -45,6 +45,7 @@ _METHODS: dict[Kind, str] = {"inputs": "chain", "params": "layerwise", "ntk": "l
 _CLOSE = {torch.float32: 1e-4, torch.float64: 1e-9}
 # Makes and shapes per model; all are forgotten when there are more.
 MOST = 64
+_TRAIN = nn.Module.train
 _functorch: Any = torch._C._functorch
 
 
@@ -141,16 +142,16 @@ def _net(model: nn.Module, x: Tensor, kind: Kind) -> Net | None:
 
 
 def _watched(model: nn.Module, x: Tensor, kind: Kind) -> Net | None:
-    parts = modules_of(model)
-    changed = any(part._backward_hooks or part._backward_pre_hooks for part in parts)
-    if changed or any(part.training and type(part).train is not nn.Module.train for part in parts):
-        return None
-    if kind == "inputs":
-        own = {id(p): "" for part in parts for p in part._parameters.values()}
-    else:
+    parts, own = modules_of(model), dict[int, str]()
+    for part in parts:
+        if part._backward_hooks or part._backward_pre_hooks or type(part).train is not _TRAIN:
+            return None
+        for p in part._parameters.values():
+            own[id(p)] = ""
+    if kind != "inputs":
         own = {id(p): name for name, p in model.named_parameters()}
         x = x.clone()
-    with brief_session(model, parts):
+    with BriefSession(model, parts):
         try:
             seen = watch(model, x, own)
         except Exception:  # noqa: BLE001 - the long way tells what a model raises
@@ -162,7 +163,8 @@ def _every_parameter_once(model: nn.Module, line: Line) -> bool:
     """Whether a net ends in a weight, and its weights and biases are all that the model has, each used once."""
     used = [id(t) for t in (*line.weights, *line.biases) if t is not None]
     held = {id(p) for part in modules_of(model) for p in part._parameters.values() if p is not None}
-    return not line.gaps[-1] and len(set(used)) == len(used) and held == set(used)
+    fits = all(b is None or b.shape == w.shape[:1] for w, b in zip(line.weights, line.biases, strict=True))
+    return fits and not line.gaps[-1] and len(set(used)) == len(used) and held == set(used)
 
 
 def _computed(kind: Kind, net: Net, x: Tensor, kept: Kept) -> Any:

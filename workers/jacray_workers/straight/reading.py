@@ -120,7 +120,7 @@ def _line(parts: list[tuple[str, Any]], own: Mapping[str, Tensor]) -> Line | Non
         kind = type(part)
         if kind is nn.Linear:
             pair = _tensors(part, path, own)
-            if pair is None or (weights and not follows(weights[-1], pair[0])):
+            if pair is None or (weights and not _follows(weights[-1], pair[0])):
                 return None
             weights.append(pair[0])
             biases.append(pair[1])
@@ -188,6 +188,5 @@ def _plain(tensor: Any, own: Mapping[str, Tensor]) -> bool:
     return known and tensor.dtype in DTYPES and tensor.layout is torch.strided and not tensor.is_inference()
 
 
-def follows(before: Tensor, weight: Tensor) -> bool:
-    """Whether a weight takes what another gives."""
+def _follows(before: Tensor, weight: Tensor) -> bool:
     return before.shape[0] == weight.shape[1] and before.dtype is weight.dtype and before.device == weight.device

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from jacray_workers.straight.curves import CURVES, Curve
-from jacray_workers.straight.reading import DTYPES, Bent, Line, changed, follows
+from jacray_workers.straight.reading import DTYPES, Bent, Line, changed
 from jacray_workers.straight.running import Diagonal, Passage
 
 Kwargs = Mapping[str, Any]
@@ -68,6 +68,9 @@ def _functions() -> dict[Any, Settings]:
 
 
 _FUNCTIONS = _functions()
+_LINEAR = F.linear
+_NONE = SimpleNamespace()
+_KINDS = (nn.Parameter, Tensor)
 _FLATTENS = frozenset((torch.flatten, Tensor.flatten, torch.reshape, Tensor.reshape, Tensor.view))
 # What tells of a tensor all but its numbers.
 _LOOKS = frozenset(
@@ -136,8 +139,8 @@ class _Calls(TorchFunctionMode):
         gaps = [[bent for bent, _, _ in gap] for gap in self.gaps]
         line = Line.of(self.weights, self.biases, gaps, self.flat, self.names)
         with torch.no_grad():
-            diagonals = [functools.reduce(_behind, gap, None) for gap in self.gaps]
-        return Watched(line, Passage([h.detach() for h in self.acts], diagonals))
+            diagonals = [functools.reduce(_behind, gap, None) if gap else None for gap in self.gaps]
+        return Watched(line, Passage(self.acts, diagonals))
 
     def _takes(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, out: Any) -> bool:
         """Whether a call goes on with the net."""
@@ -151,8 +154,9 @@ class _Calls(TorchFunctionMode):
             taken = self._bends(known, h, args, kwargs, out)
         elif h._version != self.version:
             return False
-        elif func is F.linear:
-            taken = self._multiplies(h, *args[1:], **{n: v for n, v in kwargs.items() if n != "input"})
+        elif func is _LINEAR:
+            weight, bias = (*args[1:], None)[:2] if len(args) > 1 else (kwargs.get("weight"), None)
+            taken = self._multiplies(h, weight, kwargs.get("bias") if bias is None else bias)
         elif func in _FLATTENS:
             self.flat = self.flat or not self.weights
             taken = True
@@ -164,14 +168,13 @@ class _Calls(TorchFunctionMode):
         """Go on from a call's result, `(B, width)`."""
         if type(out) is not Tensor or not out.requires_grad or out.dtype is not self.dtype:
             return False
-        self.at, self.version = out, out._version
-        return out.dim() == 2 and out.shape[0] == self.samples
+        self.at, self.version, shape = out, out._version, out.shape
+        return len(shape) == 2 and shape[0] == self.samples
 
-    def _multiplies(self, h: Tensor, weight: Any = None, bias: Any = None) -> bool:
+    def _multiplies(self, h: Tensor, weight: Any, bias: Any) -> bool:
+        # The call would have failed where types, devices or widths do not fit.
         name, beside = self.own.get(id(weight)), "" if bias is None else self.own.get(id(bias))
-        if name is None or beside is None or h.dim() != 2 or not self._plain(weight, 2):
-            return False
-        if (self.weights and not follows(self.weights[-1], weight)) or not (bias is None or self._plain(bias, 1)):
+        if name is None or beside is None or h.dim() != 2 or not _plain(weight) or weight.dim() != 2:
             return False
         self.weights.append(weight)
         self.biases.append(bias)
@@ -180,27 +183,33 @@ class _Calls(TorchFunctionMode):
         self.gaps.append([])
         return True
 
-    def _plain(self, tensor: Tensor, axes: int) -> bool:
-        plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout is torch.strided
-        return plain and tensor.dim() == axes and tensor.dtype is self.dtype and tensor.device == self.device
-
     def _bends(self, known: Settings, h: Tensor, args: tuple[Any, ...], kwargs: Kwargs, out: Tensor) -> bool:
-        given = dict(zip(known.names, known.defaults, strict=True))
-        given |= zip(known.names, args[1:], strict=False)
-        given |= {name: value for name, value in kwargs.items() if name != "input"}
-        if len(args) > 1 + len(known.names) or len(given) != len(known.names) or h.dim() != 2:
+        settings = _settings(known, args, kwargs) if known.names or kwargs or len(args) > 1 else _NONE
+        if settings is None or h.dim() != 2:
             return False
-        if not all(type(value) in _NUMBERS for value in given.values()):
-            return False
-        inplace = known.inplace or given.get("inplace", False) is not False
+        inplace = known.inplace or getattr(settings, "inplace", False) is not False
         # What was there before is gone: a gate needs no more than what it gave, but others may have given that.
         if h._version != self.version + inplace or (inplace and (not known.curve.gate or self.gaps[-1] != [])):
             return False
-        self.gaps[-1].append((Bent(known.curve, SimpleNamespace(**given)), h, out))
+        self.gaps[-1].append((Bent(known.curve, settings), h, out))
         return True
+
+
+def _settings(known: Settings, args: tuple[Any, ...], kwargs: Kwargs) -> SimpleNamespace | None:
+    """The arguments behind the first, by name; None where they are others than are known."""
+    given = dict(zip(known.names, known.defaults, strict=True))
+    given |= zip(known.names, args[1:], strict=False)
+    given |= {name: value for name, value in kwargs.items() if name != "input"}
+    if len(args) > 1 + len(known.names) or len(given) != len(known.names):
+        return None
+    return SimpleNamespace(**given) if all(type(value) in _NUMBERS for value in given.values()) else None
+
+
+def _plain(tensor: Any) -> bool:
+    return type(tensor) in _KINDS and tensor.layout is torch.strided
 
 
 def _behind(before: Diagonal | None, seen: tuple[Bent, Tensor, Tensor]) -> Diagonal:
     """The derivatives behind one more function, from its argument and its values."""
     (curve, part), h, y = seen
-    return Diagonal(curve.slope(part, h.detach(), y.detach()), curve.gate).after(before)
+    return Diagonal(curve.slope(part, h, y), curve.gate).after(before)
