@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from torch import Tensor, nn
 
-from benchmarks.nets import Block, LanguageModel, Sentences, SquareSums
+from benchmarks.nets import Block, LanguageModel, Sentences, SquareSums, TwoLayers
 from benchmarks.task import CannotError
 
 Values = dict[str, Any]
@@ -37,6 +37,8 @@ def net(model: nn.Module) -> Net:
     if isinstance(model, Sentences):
         config = model.bert.config
         return lambda w, e: _sentences(w, e, config.num_hidden_layers, config.num_attention_heads)
+    if isinstance(model, TwoLayers):
+        return lambda w, x: _linear(w, "second", jnp.tanh(_linear(w, "first", x)))
     if isinstance(model, SquareSums):
         return lambda _, x: (x**2).sum()
     raise CannotError(f"{type(model).__name__} was not written in JAX")

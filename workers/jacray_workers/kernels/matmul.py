@@ -13,28 +13,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
 from jacray_workers import pages
 
-# Multiplications from which it is worth choosing, and columns below which it is from far fewer.
-LARGE = 1 << 24
+# Multiplications from which it is worth choosing, and columns below which it is from far fewer; of a layer's few rows
+# with its whole weight, fewer too.
+LARGE, LAYER = 1 << 24, 1 << 22
 NARROW = 16
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of two matrices, outside of automatic differentiation."""
-    if (
-        a.shape[0] * b.numel() >= (LARGE if b.shape[1] >= NARROW else LARGE >> 6)
-        and a.dtype == b.dtype == torch.float32
-        and a.device.type == "cpu"
-    ):
-        linear = _linear()
-        exact = torch.get_float32_matmul_precision() == "highest"
-        if linear is not None and exact and torch._C._get_mkldnn_enabled():
-            found: Tensor = linear(a, b.mT, None, "none", [], "")
-            return found
+    enough = LARGE if b.shape[1] >= NARROW else LARGE >> 6
+    linear = _other(a, b) if a.shape[0] * b.numel() >= enough else None
+    if linear is not None:
+        found: Tensor = linear(a, b.mT, None, "none", [], "")
+        return found
     return torch.mm(a, b, out=pages.like(a, (a.shape[0], b.shape[1])))
+
+
+def layer(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of rows, outside of automatic differentiation."""
+    linear = _other(h, weight) if h.shape[0] * weight.numel() >= LAYER else None
+    found: Tensor = F.linear(h, weight, bias) if linear is None else linear(h, weight, bias, "none", [], "")
+    return found
+
+
+def _other(a: Tensor, b: Tensor) -> Any:
+    """OneDNN's product with a transposed matrix, where it is the faster one for these, else None."""
+    if not a.dtype == b.dtype == torch.float32 or a.device.type != "cpu":
+        return None
+    exact = torch.get_float32_matmul_precision() == "highest" and torch._C._get_mkldnn_enabled()
+    return _linear() if exact else None
 
 
 @functools.cache

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812  # the field's name for it
 from torch import Tensor
 
+from jacray_workers.kernels.matmul import layer
 from jacray_workers.straight.order import Step, solve
 from jacray_workers.straight.reading import Line
 
@@ -193,5 +193,5 @@ def passed(line: Line, x: Tensor, *, whole: bool = False) -> Passage:
             h = y
         acts.append(h)
         if at < end:
-            h = F.linear(h, line.weights[at], line.biases[at])
+            h = layer(h, line.weights[at], line.biases[at])
     return Passage(acts, found)
