@@ -41,20 +41,35 @@ def convolution(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
         return None
     settings = (node._saved_stride, node._saved_padding, node._saved_dilation)
     cpu = weight.device.type == "cpu"
-    if cpu and node._saved_groups == 1 and not node._saved_transposed and _narrow(weight, settings[0]):
+    if cpu and node._saved_groups == 1 and not node._saved_transposed and narrow(weight, settings[0]):
         return back(_gathered(rows, weight, tuple(x.shape[2:]), *settings)), None, None
-    plane = weight.dim() == 4 and cpu
-    if plane:
-        # The library's kernels for this layout are up to four times as fast.
-        rows, weight = _channels_last(rows), weight.contiguous(memory_format=torch.channels_last)
+    if cpu and weight.dim() == 4:
+        shape = (rows.shape[0], *x.shape[1:])
+        more = (node._saved_transposed, node._saved_output_padding, node._saved_groups)
+        return back(library(rows, weight, shape, *settings, *more)), None, None
     # Only its shape counts where its own gradient is all that is asked for; what is spread would be made whole.
-    layout = torch.channels_last if plane else torch.contiguous_format
-    blank = torch.empty((rows.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
+    blank = torch.empty((rows.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
     made = _aten.convolution_backward(
-        rows if plane else rows.contiguous(), blank, weight, None, *settings, node._saved_transposed,
+        rows.contiguous(), blank, weight, None, *settings, node._saved_transposed,
         node._saved_output_padding, node._saved_groups, (True, False, False),
     )  # fmt: skip
     return back(made[0]), None, None
+
+
+def library(
+    rows: Tensor, weight: Tensor, shape: Sequence[int], stride: Any, padding: Any, dilation: Any,
+    transposed: bool = False, beyond: Sequence[int] = (0, 0), groups: int = 1,
+) -> Tensor:  # fmt: skip
+    """`(N, O, *out)` to `(N, C, *space)` of the given shape over two axes, by the library's own kernels.
+
+    Those for channels that lie innermost in memory are up to four times as fast.
+    """
+    rows, weight = _channels_last(rows), weight.contiguous(memory_format=torch.channels_last)
+    blank = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=torch.channels_last)
+    made: tuple[Tensor, ...] = _aten.convolution_backward(
+        rows, blank, weight, None, stride, padding, dilation, transposed, beyond, groups, (True, False, False)
+    )
+    return made[0]
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -63,8 +78,8 @@ def _channels_last(t: Tensor) -> Tensor:
     return t if last.is_contiguous() else pages.like(t, last.shape).copy_(last).movedim(-1, 1)
 
 
-def _narrow(weight: Tensor, stride: Sequence[int]) -> bool:
-    """Whether a product and a sum are faster than the library."""
+def narrow(weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether a product and a sum are faster than the library, by the kernel `(O, C, *kernel)`."""
     if weight.dtype != torch.float32:
         return weight.dim() == 4 and weight.shape[1] <= FEW_CHANNELS
     places = weight[0, 0].numel() / math.prod(_each(stride, weight.dim() - 2))
@@ -81,43 +96,53 @@ def _gathered(rows: Tensor, weight: Tensor, space: tuple[int, ...], stride: Any,
     if rows.dtype != torch.float32:
         columns = torch.matmul(weight.flatten(1).mT, rows.flatten(2))
         return F.fold(columns, space, tuple(weight.shape[2:]), dilation, padding, stride)
-    axes, (out, channels) = len(space), weight.shape[:2]
-    seen = (_each(numbers, axes) for numbers in (stride, padding, dilation))
-    order, starts = _seen(space, tuple(rows.shape[2:]), tuple(weight.shape[2:]), *seen)
-    places, taps = rows[0, 0].numel(), weight[0, 0].numel()
-    matrix = weight.movedim(1, -1).reshape(out, -1).mT.contiguous().mT
-    images = rows.shape[0]
-    step = -(-images // max(1, images * places * matrix.shape[1] * rows.itemsize // CACHED))
-    image = torch.arange(step, dtype=torch.int32).unsqueeze(1)
-    order, starts = (image * (places * taps) + order).flatten(), (image * len(order) + starts).flatten()
-    parts = []
-    for part in _channels_last(rows).movedim(1, -1).split(step):
-        table = matmul.mm(part.reshape(-1, out), matrix).view(-1, channels)
-        pairs, inputs = (t[: len(t) // step * len(part)] for t in (order, starts))
-        parts.append(torch.embedding_bag(table, pairs, inputs, False, 0, False)[0])
-    found = (
-        parts[0] if len(parts) == 1 else torch.cat(parts, out=pages.like(rows, (images * math.prod(space), channels)))
-    )
+    axes, (out, channels), images = len(space), weight.shape[:2], rows.shape[0]
+    settings = (_each(numbers, axes) for numbers in (stride, padding, dilation))
+    table = rows[0, 0].numel() * weight[0].numel() * rows.itemsize
+    step = -(-images // max(1, min(images, images * table // CACHED)))
+    flat, places = _channels_last(rows).movedim(1, -1), tuple(rows.shape[2:])
+    seen = (space, places, *settings)
+    parts = [gather(p.reshape(-1, out), weight, len(p), 1, *seen) for p in flat.split(step)]
+    size = (images * math.prod(space), channels)
+    found = parts[0] if len(parts) == 1 else torch.cat(parts, out=pages.like(rows, size))
     return found.view(images, *space, channels).movedim(-1, 1)
+
+
+def gather(
+    cots: Tensor, weight: Tensor, images: int, rows: int, space: tuple[int, ...], out: tuple[int, ...],
+    stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """`(images * places * rows, O)` to `(images * inputs * rows, C)`, each lying in this order."""
+    kernel = tuple(weight.shape[2:])
+    order, starts = _seen(space, out, kernel, stride, padding, dilation, rows)
+    matrix = weight.movedim(1, -1).reshape(weight.shape[0], -1).mT.contiguous().mT
+    table = matmul.mm(cots, matrix).view(-1, weight.shape[1])
+    image = torch.arange(images, dtype=torch.int32).unsqueeze(1)
+    pairs = (image * (math.prod(out) * rows * math.prod(kernel)) + order).flatten()
+    inputs = (image * len(order) + starts).flatten()
+    found: Tensor = torch.embedding_bag(table, pairs, inputs, False, 0, False)[0]
+    return found
 
 
 @functools.lru_cache(maxsize=8)
 def _seen(
     space: tuple[int, ...], out: tuple[int, ...], kernel: tuple[int, ...],
-    stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
+    stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], rows: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Which pairs of an output place and a tap saw each input place.
+    """Which triples of an output place, a row of cotangents and a tap each pair of an input place and a row sums up.
 
     Returns:
-        the pairs, numbered tap by tap within each output place, in the order of the inputs that they saw; and for each
-        input where its pairs begin.
+        the triples, numbered tap by tap, row by row, place by place, in the order of the inputs and rows that they are
+        for; and for each of these where its triples begin.
     """
     at, inside, axes = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool), len(space)
     for axis, (n, o, k, s, p, d) in enumerate(zip(space, out, kernel, stride, padding, dilation, strict=True)):
         line = torch.arange(o).unsqueeze(1) * s - p + torch.arange(k) * d
         line = line.view([o if i == axis else k if i == axes + axis else 1 for i in range(2 * axes)])
         at, inside = at * n + line, inside & (line >= 0) & (line < n)
-    pairs = inside.expand(*out, *kernel).flatten().nonzero().flatten()
-    at = at.expand(*out, *kernel).flatten()[pairs]
-    counts = torch.bincount(at, minlength=math.prod(space))
-    return pairs[at.argsort(stable=True)].int(), (counts.cumsum(0) - counts).int()
+    taps, row = math.prod(kernel), torch.arange(rows)
+    seen = inside.expand(*out, *kernel).flatten().nonzero().flatten().unsqueeze(1)
+    triples = ((seen // taps * rows + row) * taps + seen % taps).flatten()
+    to = (at.expand(*out, *kernel).flatten()[seen] * rows + row).flatten()
+    counts = torch.bincount(to, minlength=math.prod(space) * rows)
+    return triples[to.argsort(stable=True)].int(), (counts.cumsum(0) - counts).int()

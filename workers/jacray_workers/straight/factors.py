@@ -72,12 +72,18 @@ def blocks(line: Line, found: list[Factors], factored: dict[str, bool]) -> dict[
         found: its factors.
         factored: for each parameter's name whether the plan keeps its block in factors.
     """
-    terms: dict[str, Term] = {}
+    rows, made = line.widths[-1], terms(line, found)
+    return {name: _block(made[name], rows, kept) for name, kept in factored.items()}
+
+
+def terms(line: Line, found: list[Factors]) -> dict[str, Term]:
+    """The one term of each parameter's block; of a bias that there is not too."""
+    made: dict[str, Term] = {}
     rows = line.widths[-1]
     for (weight, bias), tensor, each in zip(line.names, line.weights, found, strict=True):
-        terms[weight] = _of_weight(each, tuple(tensor.shape), rows)
-        terms[bias] = _of_bias(each, tensor.shape[0], rows)
-    return {name: _block(terms[name], rows, kept) for name, kept in factored.items()}
+        made[weight] = _of_weight(each, tuple(tensor.shape), rows)
+        made[bias] = _of_bias(each, tensor.shape[0], rows)
+    return made
 
 
 def _of_weight(each: Factors, shape: tuple[int, ...], rows: int) -> Term:

@@ -23,24 +23,26 @@ from jacray_workers.problem.problem import as_module
 from jacray_workers.problem.session import BriefSession
 from jacray_workers.problem.state import modules_of
 from jacray_workers.request import Request
-from jacray_workers.straight import factors, running
+from jacray_workers.straight import convs, factors, running
+from jacray_workers.straight.convs import Stack
 from jacray_workers.straight.reading import Line, read
 from jacray_workers.straight.running import Passage
 from jacray_workers.straight.watching import watch
 
-Kind = Literal["inputs", "params", "ntk"]
+Kind = Literal["inputs", "params", "ntk", "dense"]
 # Fields of a request that may be given, and the values with which this is still what is computed.
 _FIELDS: dict[Kind, dict[str, tuple[str, ...]]] = {
     "inputs": {"wrt": ("inputs",), "method": ("auto", "chain"), "form": ("auto", "dense")},
     "params": {"wrt": ("params",), "method": ("auto", "layerwise"), "form": ("auto", "factors")},
     "ntk": {"wrt": ("params",), "method": ("auto", "layerwise"), "form": ("auto", "factors")},
+    "dense": {"wrt": ("params",), "method": ("auto", "layerwise"), "form": ("dense",)},
 }
 _KINDS: dict[tuple[str, str], Kind] = {
     ("jacobian", "inputs"): "inputs",
     ("jacobian", "params"): "params",
     ("ntk", "params"): "ntk",
 }
-_METHODS: dict[Kind, str] = {"inputs": "chain", "params": "layerwise", "ntk": "layerwise"}
+_METHODS: dict[Kind, str] = {"inputs": "chain", "params": "layerwise", "ntk": "layerwise", "dense": "layerwise"}
 # How far what is noted may lie from what the long way gave, relative to the largest number.
 _CLOSE = {torch.float32: 1e-4, torch.float64: 1e-9}
 # Makes and shapes per model; all are forgotten when there are more.
@@ -115,7 +117,8 @@ def remember(
     found = _net(model, x, kind)
     if found is None:
         return
-    factored = {n: type(block) is Block for n, block in values["jacobian"].items()} if kind == "params" else {}
+    by_name = values["jacobian"] if kind in ("params", "dense") else {}
+    factored = {n: type(block) is Block for n, block in by_name.items()}
     kept = Kept(plan, asked, factored)
     if kind != "inputs" and not _proven(kind, found, x, kept, next(iter(values.values()))):
         return
@@ -128,15 +131,18 @@ def remember(
 class Net(NamedTuple):
     """A plain net, and the batch's way through it where it is known already."""
 
-    line: Line
+    line: Line | Stack
     passage: Passage | None
 
 
 def _net(model: nn.Module, x: Tensor, kind: Kind) -> Net | None:
     """The plain net that a model is at this moment and for this batch."""
+    if kind == "dense":
+        stack = convs.read(model)
+        return None if stack is None or not stack.takes(x) else Net(stack, None)
     line = read(model)
     found = Net(line, None) if line is not None else _watched(model, x, kind)
-    if found is None or not found.line.takes(x):
+    if found is None or isinstance(found.line, Stack) or not found.line.takes(x):
         return None
     return found if kind == "inputs" or _every_parameter_once(model, found.line) else None
 
@@ -170,6 +176,9 @@ def _every_parameter_once(model: nn.Module, line: Line) -> bool:
 def _computed(kind: Kind, net: Net, x: Tensor, kept: Kept) -> Any:
     """The result: a tensor, or blocks by name."""
     line = net.line
+    if isinstance(line, Stack):
+        with torch.no_grad():
+            return convs.blocks(line, x, list(kept.factored))
     if kind == "inputs":
         shape = kept.plan.arrays[0].shape
         block = pages.empty(shape, x.dtype, x.device)
@@ -189,6 +198,8 @@ def _proven(kind: Kind, net: Net, x: Tensor, kept: Kept, known: Any) -> bool:
     made = _computed(kind, net, x, kept)
     if kind == "ntk":
         return _close(made, known)
+    if kind == "dense":
+        return made.keys() == known.keys() and all(_close(made[name], block) for name, block in known.items())
     pairs = [(made[name].terms, block.terms) for name, block in known.items()]
     terms = [each for mine, theirs in pairs for each in zip(mine, theirs, strict=False)]
     if any(len(mine) != len(theirs) for mine, theirs in pairs) or any(a.spec() != b.spec() for a, b in terms):
@@ -201,7 +212,7 @@ def _close(mine: Tensor, known: Tensor) -> bool:
     return mine.shape == known.shape and float((mine - known).abs().max()) <= _CLOSE[known.dtype] * size
 
 
-def _key(kind: Kind, line: Line, x: Tensor, fields: Mapping[str, Any]) -> Hashable:
+def _key(kind: Kind, line: Line | Stack, x: Tensor, fields: Mapping[str, Any]) -> Hashable:
     # The plan was made for so many threads. What was asked for stands in the receipt as it was given.
     asked = frozenset((name, (value,) if name == "returns" else value) for name, value in _flat(fields).items())
     return kind, line.make, line.names, x.shape, x.dtype, asked, torch.get_num_threads()
@@ -223,6 +234,7 @@ def _asked(fields: Mapping[str, Any]) -> Kind | None:
     kind = _KINDS.get((returns, wrt))
     if kind is None:
         return None
+    kind = "dense" if kind == "params" and given.get("form") == "dense" else kind
     allowed = _FIELDS[kind]
     return kind if all(type(v) is str and v in allowed.get(name, ()) for name, v in given.items()) else None
 

@@ -28,11 +28,13 @@ _GLOBAL_HOOKS = tuple(
     )
 )  # fmt: skip
 _TOPS = frozenset((nn.Sequential, nn.Linear))
-_KNOWN = (nn.Sequential, nn.Linear, nn.Flatten, *_NOTHING, *CURVES)
+_WEIGHTED = (nn.Linear, nn.Conv2d)
+_KNOWN = (nn.Sequential, *_WEIGHTED, nn.Flatten, *_NOTHING, *CURVES)
 # What runs when such a module is called, as torch brought it: somebody may have put something else in its place.
 _FORWARDS: dict[type[nn.Module], Any] = {kind: getattr(kind, "forward") for kind in _KNOWN}  # noqa: B009
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 _LINEAR = F.linear
+_CONV_FORWARD: Any = nn.Conv2d._conv_forward
 _OWN: Mapping[str, Tensor] = {}
 
 
@@ -118,6 +120,8 @@ def _line(parts: list[tuple[str, Any]], own: Mapping[str, Tensor]) -> Line | Non
     flat = False
     for path, part in parts:
         kind = type(part)
+        if kind is nn.Conv2d:
+            return None
         if kind is nn.Linear:
             pair = _tensors(part, path, own)
             if pair is None or (weights and not _follows(weights[-1], pair[0])):
@@ -143,7 +147,7 @@ def _parts(module: Any, path: str, found: list[tuple[str, Any]]) -> list[tuple[s
     forward = _FORWARDS.get(kind)
     if forward is None or kind.forward is not forward or not _untouched(module.__dict__):
         return None
-    if kind is not nn.Linear and module._parameters:
+    if kind not in _WEIGHTED and module._parameters:
         return None
     if kind is not nn.Sequential:
         found.append((path, module))
@@ -165,8 +169,36 @@ def _untouched(held: dict[str, Any]) -> bool:
     )
 
 
-def _tensors(part: nn.Module, path: str, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None] | None:
-    """A Linear's weight and bias."""
+def parts_of(module: nn.Module) -> list[tuple[str, Any]] | None:
+    """The modules that a sequence runs, by their paths; None where it holds others than known ones."""
+    return None if changed() else _parts(module, "", [])
+
+
+def head_of(parts: list[tuple[str, Any]]) -> Line | None:
+    """The net of Linear layers that parts are which begin by flattening; one that bends neither first nor last."""
+    line = _line(parts, _OWN)
+    return line if line is not None and line.flat and not line.gaps[0] and not line.gaps[-1] else None
+
+
+def curve_of(part: nn.Module) -> Bent | None:
+    """The function of one number that a module is."""
+    kind = type(part)
+    return Bent(CURVES[kind], part) if kind in CURVES else None
+
+
+def conv_tensors(part: nn.Conv2d, path: str) -> tuple[Tensor, Tensor | None] | None:
+    """A convolution's weight and bias, where it has one group, pads with as many zeros on both sides, or none."""
+    changed_call = nn.Conv2d._conv_forward is not _CONV_FORWARD or "_conv_forward" in part.__dict__
+    plain = part.groups == 1 and part.padding_mode == "zeros" and part.transposed is False
+    numbers = (part.stride, part.padding, part.dilation)
+    pairs = all(type(n) is tuple and len(n) == 2 and all(type(each) is int for each in n) for n in numbers)
+    return _tensors(part, path, _OWN, axes=4) if plain and pairs and not changed_call else None
+
+
+def _tensors(
+    part: nn.Module, path: str, own: Mapping[str, Tensor], axes: int = 2
+) -> tuple[Tensor, Tensor | None] | None:
+    """The weight, of so many axes, and the bias of a Linear or a convolution."""
     table: dict[str, Any] = part._parameters
     if len(table) != 2 or part._buffers or part._modules:
         return None
@@ -174,7 +206,7 @@ def _tensors(part: nn.Module, path: str, own: Mapping[str, Tensor]) -> tuple[Ten
     bias: Any = table.get("bias")
     if own:
         weight, bias = own.get(f"{path}weight", weight), own.get(f"{path}bias", bias)
-    good = _plain(weight, own) and weight.dim() == 2
+    good = _plain(weight, own) and weight.dim() == axes
     if not good or not (bias is None or (_plain(bias, own) and bias.shape == weight.shape[:1])):
         return None
     alike = bias is None or (bias.dtype is weight.dtype and bias.device == weight.device)
