@@ -21,6 +21,7 @@ from benchmarks.service.serving import address, files, get, serving, small_work
 CLIENTS, GENERATORS = 64, 2
 PROBES = 50.0  # health checks a second
 SETTLE = 0.5
+WARMING = 2  # times as long: until every process has planned batches of every size
 ASKED = 1000.0  # requests a second of health and status
 
 
@@ -122,7 +123,7 @@ def batching(effort: Effort) -> dict[str, Any]:
         asked = {(name, side): files(folder, questions(urls[side], nets[name])) for name in nets for side in sides}
         for turn in range(effort.rounds + 1):
             for (name, side), names in asked.items():
-                rate, probes = saturated(urls[side], names, effort.seconds)
+                rate, probes = saturated(urls[side], names, effort.seconds * (1 if turn else WARMING))
                 if turn:  # the first makes everything warm
                     rates[name][side].append(rate)
                     health[side] += probes
