@@ -406,3 +406,20 @@ def test_another_number_of_threads_is_planned_anew():
         assert taken(model, x, method="chain") is None
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_compiled_function_inside_is_not_compiled_by_a_look():
+    """Whatever the compiler would make of it, the numbers are the model's, and its stance is as it was."""
+    compiled = torch.compile(lambda h: torch.tanh(h) * 1, backend=_refusing)
+    model, x = Two(lambda m, x: m.b(compiled(m.a(x)))), torch.randn(6, 5, dtype=torch.float64)
+    twin = Two(plain)
+    twin.load_state_dict(model.state_dict())
+    expected = brute(twin, x)
+    for _ in range(3):
+        close(jacray.jacobian(model, x), expected)
+    with torch.no_grad(), pytest.raises(Exception, match="not to be compiled"):
+        compiled(x)
+
+
+def _refusing(_graph, _inputs):
+    raise RuntimeError("not to be compiled")

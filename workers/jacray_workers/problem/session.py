@@ -27,7 +27,7 @@ _GUARD = threading.Lock()
 def lock_of(module: nn.Module) -> threading.RLock:
     """One lock per module: two threads must not switch its mode under each other."""
     with _GUARD:
-        return _LOCKS.setdefault(module, threading.RLock())
+        return _LOCKS.get(module) or _LOCKS.setdefault(module, threading.RLock())
 
 
 @contextlib.contextmanager
@@ -57,8 +57,21 @@ def session(
         yield
 
 
+def _somebody_compiled() -> bool:
+    """Whether the compiler was ever asked for in this process, as far as it tells; its stance is dear to change."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is None:
+        return False
+    known = getattr(frames, "cached_backends", None)
+    # None among the backends is torch's own, of functions that it keeps from being compiled.
+    return known is None or any(backend is not None for backend in known.values())
+
+
 class BriefSession(contextlib.AbstractContextManager[None]):
     """What of `session` one pass in eval mode needs whose calls are all looked at; parameters may require gradients.
+
+    Compiled functions within run as they were written; should one be overlooked, its calls are not seen, and nothing is
+    made of the pass.
 
     Args:
         module: the model.
@@ -72,7 +85,7 @@ class BriefSession(contextlib.AbstractContextManager[None]):
         self._lock.acquire()
         self._before = Snapshot(self._module, deep=False, parts=self._parts)
         self._awake = [part for part in self._parts if part.training]
-        self._compiled = "torch._dynamo" in sys.modules
+        self._compiled = _somebody_compiled()
         if self._compiled:
             _COMPILED_RUNS_EAGER.__enter__()
         for part in self._awake:

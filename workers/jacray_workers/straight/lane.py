@@ -214,7 +214,7 @@ def _close(mine: Tensor, known: Tensor) -> bool:
 
 def _key(kind: Kind, line: Line | Stack, x: Tensor, fields: Mapping[str, Any]) -> Hashable:
     # The plan was made for so many threads. What was asked for stands in the receipt as it was given.
-    asked = frozenset((name, (value,) if name == "returns" else value) for name, value in _flat(fields).items())
+    asked = frozenset(_flat(fields).items()) if fields else None
     return kind, line.make, line.names, x.shape, x.dtype, asked, torch.get_num_threads()
 
 
@@ -227,6 +227,8 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _asked(fields: Mapping[str, Any]) -> Kind | None:
     """Which of the kinds a request is, where it asks for nothing else, and for the model as it is."""
+    if not fields:
+        return "inputs"
     given = _flat(fields)
     returns, wrt = given.pop("returns", "jacobian"), given.get("wrt", "inputs")
     if type(returns) is not str or type(wrt) is not str:

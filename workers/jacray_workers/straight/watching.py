@@ -8,7 +8,6 @@ full is known to the last bit, for this batch and this call; of anything else no
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -139,7 +138,7 @@ class _Calls(TorchFunctionMode):
         gaps = [[bent for bent, _, _ in gap] for gap in self.gaps]
         line = Line.of(self.weights, self.biases, gaps, self.flat, self.names)
         with torch.no_grad():
-            diagonals = [functools.reduce(_behind, gap, None) if gap else None for gap in self.gaps]
+            diagonals = [_bent(gap) for gap in self.gaps]
         return Watched(line, Passage(self.acts, diagonals))
 
     def _takes(self, func: Any, args: tuple[Any, ...], kwargs: Kwargs, out: Any) -> bool:
@@ -209,7 +208,10 @@ def _plain(tensor: Any) -> bool:
     return type(tensor) in _KINDS and tensor.layout is torch.strided
 
 
-def _behind(before: Diagonal | None, seen: tuple[Bent, Tensor, Tensor]) -> Diagonal:
-    """The derivatives behind one more function, from its argument and its values."""
-    (curve, part), h, y = seen
-    return Diagonal(curve.slope(part, h, y), curve.gate).after(before)
+def _bent(gap: list[tuple[Bent, Tensor, Tensor]]) -> Diagonal | None:
+    """The derivatives at a width, from the argument and the values of each function there."""
+    found: Diagonal | None = None
+    for (curve, part), h, y in gap:
+        made = Diagonal(curve.slope(part, h, y), curve.gate)
+        found = made if found is None else made.after(found)
+    return found
