@@ -1,8 +1,9 @@
 """What dispatch costs: a shard in the coordinator, a job on Ray beside the same kernels here, two workers beside one.
 
-    python -m benchmarks.jobs [shards] [plan] [ray]
+    python -m benchmarks.jobs [shards] [plan] [ray] [--samples 40000] [--rounds 3]
 
-Each ratio has both sides in this one run, alternating, and the best of a few rounds.
+Each ratio has both sides in this one run, alternating, and the best of a few rounds. Beside the two workers stand two
+processes that share nothing: what the machine gives to two of anything.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+import argparse
+import contextlib
 import multiprocessing
 import resource
-import sys
 import tempfile
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jacray
+import psutil
 import torch
 from jacray.coordinator import drive
 from jacray.entries import JobRow
@@ -40,7 +43,6 @@ from jacray_workers.request import make_request
 from jacray_workers.shard import ShardResult
 from torch import nn
 
-ROUNDS = 3
 NOTHING = torch.zeros(1, 1)
 
 
@@ -126,59 +128,90 @@ def seconds(client: jacray.Client, x: torch.Tensor) -> float:
     return time.perf_counter() - began
 
 
-def half(start: Any, ends: Any, samples: int) -> None:
+def half(start: Any, ends: Any, samples: int, rounds: int) -> None:
     """A process that computes when told to, on its own."""
     with jacray.Client("inline", workers=2) as client:
         x = torch.randn(samples, 64)
         seconds(client, x[:64])
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             start.wait()
             seconds(client, x)
             ends.wait()
 
 
-def machine(samples: int) -> float:
-    """Seconds for two processes that know nothing of each other, half of the samples each: what two cores can do."""
+@contextlib.contextmanager
+def apart(samples: int, rounds: int) -> Iterator[Callable[[], float]]:
+    """Two processes that know nothing of each other, half of the samples each: what two cores can do, once a call."""
     processes = multiprocessing.get_context("spawn")
     start, ends = processes.Barrier(3), processes.Barrier(3)
-    both = [processes.Process(target=half, args=(start, ends, samples // 2)) for _ in range(2)]
+    both = [processes.Process(target=half, args=(start, ends, samples // 2, rounds)) for _ in range(2)]
     for process in both:
         process.start()
-    took = []
-    for _ in range(ROUNDS):
+
+    def together() -> float:
         start.wait()
         began = time.perf_counter()
         ends.wait()
-        took.append(time.perf_counter() - began)
+        return time.perf_counter() - began
+
+    yield together
     for process in both:
         process.join()
-    return min(took)
 
 
-def on_ray(samples: int) -> None:
+def spent() -> dict[str, float]:
+    """CPU seconds of this process, of Ray's workers, and of Ray's other processes."""
+    found = {"coordinator": sum(psutil.Process().cpu_times()[:2]), "workers": 0.0, "the rest of Ray": 0.0}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            kind = "workers" if "ray::" in command else "the rest of Ray" if "/ray/" in command else ""
+            if kind:
+                found[kind] += sum(process.cpu_times()[:2])
+    return found
+
+
+def on_ray(samples: int, rounds: int) -> None:
     """Wall time of whole jobs, submission included, on warm workers."""
-    x, apart = torch.randn(samples, 64), machine(samples)
+    x = torch.randn(samples, 64)
     inline = jacray.Client("inline", workers=1)
-    with jacray.Client("local", workers=2) as two, jacray.Client("local", workers=1) as one:
+    with (
+        apart(samples, rounds) as together,
+        jacray.Client("local", workers=2) as two,
+        jacray.Client("local", workers=1) as one,
+    ):
         for client in (inline, one, two):
             seconds(client, x[:64])
-        found = [[seconds(client, x) for client in (inline, one, two)] for _ in range(ROUNDS)]
-    here, by_one, by_two = (min(column) for column in zip(*found, strict=True))
+        found, before, during = [], {}, {}
+        for _ in range(rounds):
+            found.append([seconds(inline, x), seconds(one, x), together()])
+            before = spent()
+            found[-1].append(seconds(two, x))
+            during = {name: cpu - before[name] for name, cpu in spent().items()}
+    here, by_one, alone, by_two = (min(column) for column in zip(*found, strict=True))
     print(f"the same kernels in one process {here:.2f} s, by one Ray worker {by_one:.2f} s: {by_one / here - 1:+.1%}")
     print(f"by two Ray workers of one CPU each {by_two:.2f} s: {by_one / by_two:.2f} times as fast as by one")
-    print(f"by two processes that know nothing of each other {apart:.2f} s: {here / apart:.2f} times as fast as by one")
+    print(f"by two processes that know nothing of each other {alone:.2f} s: {here / alone:.2f} times as fast as by one")
+    print(f"so two workers reach {by_one / by_two / (here / alone):.0%} of what the machine gives two processes")
+    cpu = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in during.items())
+    print(f"CPU over the last job by two workers ({found[-1][-1]:.2f} s on two cores): {cpu}")
 
 
 def main() -> None:
-    """All of it, or what is named: shards, plan, ray."""
-    named = sys.argv[1:] or ["shards", "plan", "ray"]
+    """All of it, or what is named: shards, plan, ray; `ray` goes in so many rounds of so many samples."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.jobs", description=__doc__)
+    parser.add_argument("named", nargs="*", choices=["shards", "plan", "ray", []], metavar="shards | plan | ray")
+    parser.add_argument("--samples", type=int, default=40_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    named = given.named or ["shards", "plan", "ray"]
     if "shards" in named:
         empty_shards(10_000)
         empty_shards(100_000)
     if "plan" in named:
         planning(10_000_000)
     if "ray" in named:
-        on_ray(40_000)
+        on_ray(given.samples, given.rounds)
 
 
 if __name__ == "__main__":

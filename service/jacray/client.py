@@ -265,7 +265,9 @@ class Client:
         if earlier is not None:
             return prepared, earlier
         with torch_threads(self._executor.threads):
-            plan = in_units(prepared.plan, order.request, self._shard_size, lambda: pace(prepared))
+            plan = in_units(
+                prepared.plan, order.request, self._shard_size, lambda: pace(prepared), self._executor.workers
+            )
         return prepared, replace(plan, threads=self._executor.threads)
 
     def _describe(self) -> dict[str, Any]:

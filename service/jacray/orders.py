@@ -24,6 +24,11 @@ from jacray.target import Target
 DEAF_SECONDS = 1.0
 # How much work a lost worker, or a job that is stopped, may take along.
 SHARD_SECONDS = 20.0
+# Workers are not equally fast, so the last shards decide how long some of them stand idle: shards this short, where
+# that makes no more of them than so many per worker.
+EVEN_SECONDS, EVEN_SHARDS = 0.25, 16
+# Every shard carries its own part of each sum: where that is larger, fewer shards are better.
+PART_SIZE = 1 << 17
 # Methods whose passes over some output rows (tangent columns for `forward`) can be made shorter at no cost.
 BANDED = ("reverse", "forward", "layerwise")
 
@@ -66,11 +71,12 @@ def loaded(x: Any) -> Loaded:
     return x if isinstance(x, Loaded) else Loaded(x)
 
 
-def in_units(plan: Plan, request: Request, size: int | None, pace: Callable[[], float]) -> Plan:
+def in_units(plan: Plan, request: Request, size: int | None, pace: Callable[[], float], workers: int = 1) -> Plan:
     """The plan with chunks and shards no longer than a job should be deaf, or may lose.
 
     Chunks of about a second where their size is not asked for, passes of about a second where a chunk takes longer,
-    and shards of some twenty, by what the method took in the planner's trial. The first call in a process may take
+    and shards of some twenty, by what the method took in the planner's trial; shorter ones where several workers share
+    the job, so that none waits long for the others at its end. The first call in a process may take
     many times what the next ones do: where the trial says that something is too long, a sample is timed again.
 
     Args:
@@ -78,6 +84,7 @@ def in_units(plan: Plan, request: Request, size: int | None, pace: Callable[[], 
         request: fixes the chunk size where it names one.
         size: samples per shard as the client fixed them: whole chunks each, or smaller chunks where these are larger.
         pace: times one sample.
+        workers: that share the job.
     """
     if plan.row_cuts:
         return plan
@@ -90,11 +97,18 @@ def in_units(plan: Plan, request: Request, size: int | None, pace: Callable[[], 
     if request.chunk_size is None:
         chunk = min(chunk, _power(_most(DEAF_SECONDS, each)))
     if size is None:
-        shard = min(shard, _most(SHARD_SECONDS, each))
+        shard = min(shard, _most(SHARD_SECONDS, each), _even(plan, workers, each))
     if plan.method in BANDED and each * chunk > DEAF_SECONDS:
         band = max(1, int(band * DEAF_SECONDS / (each * chunk)))
     shard = min(plan.samples, max(chunk, shard // chunk * chunk))
     return replace(plan, chunk_size=chunk, shard_size=shard, row_chunk=band)
+
+
+def _even(plan: Plan, workers: int, each: float) -> int:
+    """Samples per shard that let several workers end a job at about the same time."""
+    if workers == 1 or any(array.axis < 0 and array.size > PART_SIZE for array in plan.arrays):
+        return plan.samples
+    return max(_most(EVEN_SECONDS, each), math.ceil(plan.samples / (workers * EVEN_SHARDS)))
 
 
 def pace(prepared: Prepared) -> float:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jacray
 from rich.console import Console
 from rich.table import Table
 
 from tests.chaos import faults, nodes
-from tests.chaos.ground import Ground, Verdict
+from tests.chaos.ground import Ground, Verdict, orphans
 
 Fault = Callable[[Ground, int], Verdict]
 
@@ -24,7 +27,7 @@ def all_faults(client: jacray.Client) -> dict[str, Fault]:
     """By name; those that kill the coordinator's process compute without Ray, the last ones with one of their own."""
     on_workers = [
         faults.workers_killed, faults.workers_die, faults.worker_hangs, faults.memory_runs_out, faults.poisoned,
-        faults.cancelled, faults.scaled,
+        faults.cancelled, faults.cancelled_in_a_call, faults.scaled, faults.store_read_only,
     ]  # fmt: skip
 
     def with_client(fault: Callable[[Ground, jacray.Client, int], Verdict]) -> Fault:
@@ -33,6 +36,10 @@ def all_faults(client: jacray.Client) -> dict[str, Fault]:
     found: dict[str, Fault] = {fault.__name__: with_client(fault) for fault in on_workers}
     found |= {
         "coordinator_killed": faults.coordinator_killed,
+        "coordinator_killed_at_url": lambda ground, seed: faults.coordinator_killed(_other(ground, far=True), seed),
+        "coordinator_killed_with_ray": lambda ground, seed: faults.coordinator_killed(
+            _other(ground, address="local"), seed, times=1
+        ),
         "block_truncated": faults.block_truncated,
         "interrupted_once": faults.interrupted,
         "interrupted_twice": functools.partial(faults.interrupted, times=2),
@@ -42,6 +49,10 @@ def all_faults(client: jacray.Client) -> dict[str, Fault]:
     return found
 
 
+def _other(ground: Ground, **changes: Any) -> Ground:
+    return dataclasses.replace(ground, began=time.monotonic(), **changes)
+
+
 def rows(seeds: Sequence[int], shards: int, only: str | None) -> Iterator[tuple[str, list[Verdict]]]:
     """Each fault's verdicts."""
     folder = Path(tempfile.mkdtemp(prefix="jacray-chaos-"))
@@ -49,8 +60,9 @@ def rows(seeds: Sequence[int], shards: int, only: str | None) -> Iterator[tuple[
     try:
         with jacray.Client("local", workers=2, shard_size=4, shard_timeout=10) as client:
             for name, fault in all_faults(client).items():
-                if only in (None, name) and (mounts or not name.startswith("disk")):
+                if only in (None, name) and (mounts or not name.startswith(("disk", "store"))):
                     yield name, [fault(Ground(folder / f"{name}-{seed}", shards), seed) for seed in seeds]
+        yield "afterwards", [Verdict(0, 0, 0, 0.0, tuple(orphans()))]
         if only in (None, "node_killed"):
             # The first one leaves this process's Ray before a cluster of several nodes is made. Long enough for the
             # late node to come.

@@ -19,7 +19,7 @@ import torch
 from jacray.events import ShardDone
 
 from tests.chaos.ground import FIELDS, Ground, Verdict, judge, ray_workers
-from tests.chaos.models import set_trap
+from tests.chaos.models import caught, set_trap
 
 
 def workers_killed(ground: Ground, client: jacray.Client, seed: int) -> Verdict:
@@ -101,27 +101,65 @@ def poisoned(ground: Ground, client: jacray.Client, seed: int) -> Verdict:
     return Verdict(verdict.injected, verdict.retries, verdict.kept, verdict.seconds, (*verdict.faults, *faults))
 
 
-def cancelled(ground: Ground, client: jacray.Client, seed: int) -> Verdict:
-    """Cancel inside a kernel that never ends: over in two seconds, the worker free, and what is finished kept."""
-    set_trap(ground.traps, "hang", random.Random(seed).randrange(ground.samples // 2, ground.samples), times=1000)
+def cancelled(ground: Ground, client: jacray.Client, seed: int, kind: str = "hang") -> Verdict:
+    """Cancel inside a kernel that never ends, or one call into torch that takes half a minute (`compute`).
+
+    The job is over in two seconds, the process gone, the worker's place free, and what is finished is kept.
+    """
+    set_trap(ground.traps, kind, random.Random(seed).randrange(ground.samples // 2, ground.samples), times=1000)
     job = client.submit(ground.model(), ground.inputs, to=ground.run, **FIELDS)
-    hung = ground.traps / "used"
     until = time.monotonic() + 120
-    while not list(hung.glob("*")) and time.monotonic() < until:
+    while not caught(ground.traps) and time.monotonic() < until:
         time.sleep(0.02)
+    time.sleep(0.2)
     asked = time.monotonic()
     job.cancel()
     ended = job.wait(30)
     took = time.monotonic() - asked
     faults = [] if ended and took < 2.5 else [f"the job ended {took:.1f} s after it was cancelled"]
+    faults += [f"process {pid} was not ended" for pid in caught(ground.traps) if not _ends(pid)]
     other = client.submit(torch.nn.Linear(3, 2), torch.randn(8, 3), method="reverse").result(timeout=100)
     faults += [] if other.jacobian.shape == (8, 2, 3) else ["the worker was not freed"]
-    for trap in ground.traps.glob("hang-*"):
+    for trap in ground.traps.glob(f"{kind}-*"):
         trap.unlink()
     again = client.submit(ground.model(), ground.inputs, to=ground.run, **FIELDS)
     again.result(timeout=250)
     verdict = judge(ground, 1, again.status().shards_kept)
     faults += [] if verdict.kept > 0 else ["nothing was kept"]
+    return Verdict(1, verdict.retries, verdict.kept, verdict.seconds, (*verdict.faults, *faults))
+
+
+def cancelled_in_a_call(ground: Ground, client: jacray.Client, seed: int) -> Verdict:
+    """Cancel inside one long call into torch."""
+    return cancelled(ground, client, seed, "compute")
+
+
+def _ends(pid: int) -> bool:
+    """Whether a process is gone within some seconds."""
+    until = time.monotonic() + 10
+    while psutil.pid_exists(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not psutil.pid_exists(pid)
+
+
+def store_read_only(ground: Ground, client: jacray.Client, seed: int) -> Verdict:
+    """A store that the workers may no longer write to: the job stops with one error, and goes on when they may."""
+    job = client.submit(ground.model(), ground.inputs, to=ground.run, **FIELDS)
+    stop = random.Random(seed).randrange(1, ground.shards // 2)
+    for _ in job.events():
+        if job.status().shards_done >= stop:
+            break
+    with _read_only(ground.run / "results.zarr"):
+        try:
+            job.result(timeout=100)
+        except jacray.StorageError as error:
+            faults = [] if "ead-only" in str(error) else [f"the error does not say what is wrong: {error}"]
+        else:
+            faults = ["the job did not stop"]
+    again = client.submit(ground.model(), ground.inputs, to=ground.run, **FIELDS)
+    again.result(timeout=250)
+    verdict = judge(ground, 1, again.status().shards_kept)
+    faults += [] if verdict.kept >= stop else [f"{verdict.kept} shards were kept of {stop} and more"]
     return Verdict(1, verdict.retries, verdict.kept, verdict.seconds, (*verdict.faults, *faults))
 
 
@@ -206,16 +244,21 @@ def disk_read_only(ground: Ground, seed: int) -> Verdict:
     """A store gone read-only in the middle."""
     process = ground.start()
     ground.wait_for(ground.shards // 4, process)
-    results = str(ground.run / "results.zarr")
-    # A mount of its own on top: one that has files open for writing cannot be made read-only.
-    subprocess.run(["mount", "--bind", results, results], check=True)
-    try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", results], check=True)
+    with _read_only(ground.run / "results.zarr"):
         out, err = process.communicate(timeout=100)
-    finally:
-        subprocess.run(["umount", "-l", results], check=False)
     stopped = subprocess.CompletedProcess(process.args, process.returncode, out, err)
     return _after_storage(ground, stopped, ["true"])
+
+
+@contextlib.contextmanager
+def _read_only(folder: Path) -> Iterator[None]:
+    # A mount of its own on top: one that has files open for writing cannot be made read-only.
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
 def can_mount(folder: Path) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,12 +51,15 @@ class Ground:
         path: a folder of its own.
         shards: how many shards the job has.
         seconds: how long a shard takes at least.
+        address: where the command computes.
+        far: the command writes to the run's folder as to an object store, by a URL.
     """
 
     path: Path
     shards: int = 200
     seconds: float = 0.01
     address: str = "inline"
+    far: bool = False
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -98,7 +104,11 @@ class Ground:
         environment = {
             **os.environ, "JACRAY_CHAOS": str(self.path), "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "service"), str(ROOT / "workers")]),
+            # Each command is on a machine of its own as far as journals go.
+            "XDG_CACHE_HOME": tempfile.mkdtemp(prefix="cache-", dir=self.path),
+            "FSSPEC_LOCAL": '{"auto_mkdir": true}',
         }  # fmt: skip
+        overrides = (*overrides, f"output.path=local://{self.run}") if self.far else overrides
         return subprocess.Popen(
             [sys.executable, "-m", "jacray.cli", "run", str(self.spec), "--progress", "json", *overrides],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
@@ -206,9 +216,24 @@ def _is_odd(path: Path) -> bool:
 
 
 def _orphans(ground: Ground) -> list[str]:
-    mark = f"JACRAY_CHAOS={ground.path}"
+    return _left(lambda: _marked(f"JACRAY_CHAOS={ground.path}"))
+
+
+def orphans() -> list[str]:
+    """What this process's clients have left behind, once they are closed."""
+    return _left(lambda: [" ".join(p.cmdline())[:60] for p in psutil.Process().children(recursive=True) if _runs(p)])
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _left(look: Callable[[], list[str]]) -> list[str]:
+    """What is still there after some seconds."""
     until = time.monotonic() + 10
-    while (left := _marked(mark)) and time.monotonic() < until:
+    while (left := look()) and time.monotonic() < until:
         time.sleep(0.2)
     return [f"{name} still lives" for name in left]
 

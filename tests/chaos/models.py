@@ -53,7 +53,8 @@ def _takes(trap: Path, times: int) -> bool:
     used.mkdir(exist_ok=True)
     for use in range(times):
         with contextlib.suppress(FileExistsError):
-            (used / f"{trap.name}-{use}").touch(exist_ok=False)
+            with (used / f"{trap.name}-{use}").open("x") as mark:
+                mark.write(str(os.getpid()))
             return True
     return False
 
@@ -63,6 +64,9 @@ def _act(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "hang":
         time.sleep(10_000)
+    if kind == "compute":  # one call into torch that takes half a minute or more, and hears nothing
+        points = torch.zeros(2000, 1000, dtype=torch.float64)
+        torch.cdist(points, points + 1, p=3.5)
     if kind == "raise":
         raise ValueError("poison")
     if kind == "memory":
@@ -78,6 +82,12 @@ def set_trap(traps: Path, kind: str, sample: int, times: int = 1) -> None:
 def sprung(traps: Path) -> int:
     """How many times traps sprang."""
     return len(list((traps / "used").glob("*"))) if (traps / "used").is_dir() else 0
+
+
+def caught(traps: Path) -> list[int]:
+    """The processes that stepped into traps."""
+    marks = [mark.read_text() for mark in (traps / "used").glob("*")] if (traps / "used").is_dir() else []
+    return sorted({int(text) for text in marks if text})
 
 
 def make(traps: str, seconds: float = 0.01) -> Careful:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jacray
 import pytest
@@ -27,7 +28,14 @@ def holds(verdict: Verdict) -> None:
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "fault",
-    [faults.workers_die, faults.worker_hangs, faults.memory_runs_out, faults.poisoned, faults.cancelled, faults.scaled],
+    [
+        faults.workers_die,
+        faults.worker_hangs,
+        faults.memory_runs_out,
+        faults.poisoned,
+        faults.cancelled_in_a_call,
+        faults.scaled,
+    ],
 )
 def test_workers(client: jacray.Client, tmp_path: Path, fault) -> None:
     holds(fault(Ground(tmp_path / "try", shards=30), client, seed=1))
@@ -40,6 +48,13 @@ def test_the_coordinator(tmp_path: Path, fault) -> None:
 
 def test_the_coordinator_is_killed(tmp_path: Path) -> None:
     holds(faults.coordinator_killed(Ground(tmp_path / "try", shards=30, seconds=0.05), seed=1, times=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"far": True}, {"address": "local"}])
+def test_the_coordinator_is_killed_at_a_url_and_with_a_ray_of_its_own(tmp_path: Path, how: dict[str, Any]) -> None:
+    times = 2 if "far" in how else 1
+    holds(faults.coordinator_killed(Ground(tmp_path / "try", shards=60, seconds=0.05, **how), seed=1, times=times))
 
 
 @pytest.mark.slow
@@ -58,3 +73,11 @@ def test_storage(tmp_path: Path, fault) -> None:
     if not faults.can_mount(tmp_path / "probe"):
         pytest.skip("may not mount")
     holds(fault(Ground(tmp_path / "try", shards=60, seconds=0.02), seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_store_gone_read_only_under_the_workers(client: jacray.Client, tmp_path: Path) -> None:
+    if not faults.can_mount(tmp_path / "probe"):
+        pytest.skip("may not mount")
+    holds(faults.store_read_only(Ground(tmp_path / "try", shards=60, seconds=0.05), client, seed=1))

@@ -191,6 +191,19 @@ def test_work_is_spread_over_all_workers(plan: Plan) -> None:
     assert len(list(steps)) == 3
 
 
+def test_the_last_shards_go_to_whoever_is_free_first(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, behind = FakePool(workers=2), {}
+
+    def noted(seat: Seat, task: Task, shard: Shard, halvings: int) -> Hashable:
+        behind[shard.index] = len(pool.queues[seat])
+        return FakePool.submit(pool, seat, task, shard, halvings)
+
+    monkeypatch.setattr(pool, "submit", noted)
+    assert len(list(Dispatch(pool).steps(task_of(plan, 12)))) == 13
+    assert [behind[shard] for shard in (10, 11)] == [0, 0]
+    assert 1 in behind.values()
+
+
 def shares(pool: FakePool, first: int) -> collections.Counter[str]:
     """How many of the first shards handed out went to whom."""
     return collections.Counter(name for name, *_ in pool.sent[:first])

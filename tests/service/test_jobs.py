@@ -260,6 +260,17 @@ def test_units_are_as_long_as_the_shorter_of_two_timings_allows(again: float, ch
     assert (cut.chunk_size, cut.shard_size) == (chunk, shard)
 
 
+@pytest.mark.parametrize(("each", "workers", "shards"), [(1e-3, 2, 32), (1e-3, 8, 40), (1e-5, 2, 1), (1e-3, 1, 1)])
+def test_workers_that_share_a_job_end_it_at_about_the_same_time(each: float, workers: int, shards: int) -> None:
+    request = make_request(returns=["norms", "gram"], method="reverse", chunk_size=1)
+    plan = jacray.plan(torch.nn.Linear(3, 2), torch.randn(10_000, 3), request=request)
+    timed = Candidate("reverse", seconds=each * plan.samples, measured=True)
+    plan = replace(plan, shard_size=plan.samples, candidates=(timed,))
+    assert in_units(plan, request, None, lambda: each, workers).shard_count == shards
+    large = tuple(replace(array, shape=(1000, 1000)) if array.axis < 0 else array for array in plan.arrays)
+    assert in_units(replace(plan, arrays=large), request, None, lambda: each, workers).shard_count == 1
+
+
 @pytest.mark.ray
 def test_a_model_that_writes_into_its_parameters_on_workers_only_is_refused(local_client: jacray.Client) -> None:
     job = local_client.submit(ScalesAtWork(), X, method="backward_loop", verify=False)

@@ -32,7 +32,8 @@ def plan_file(file: str, overrides: Sequence[str]) -> str:
     # As a worker would have it: threads decide which method is fastest, workers how many shards there are.
     with run.naming(), torch_threads(max(1, int(cluster.cpus_per_worker))):
         prepared = prepare(as_model(work.model), work.loaded.inputs, work.request, workers=cluster.workers)
-        return in_units(prepared.plan, work.request, cluster.shard_size, lambda: pace(prepared)).explain()
+        units = in_units(prepared.plan, work.request, cluster.shard_size, lambda: pace(prepared), cluster.workers)
+        return units.explain()
 
 
 def run_file(file: str, overrides: Sequence[str], style: Style = "auto") -> None:

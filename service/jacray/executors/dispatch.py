@@ -142,10 +142,13 @@ class Dispatch:
         for depth in range(1, DEPTH + 1):
             for seat in sorted(seats, key=lambda seat: self.load[seat]):
                 if self.load[seat] < depth:
-                    self._give(seat, len(seats))
+                    self._give(seat, len(seats), ahead=depth > 1)
 
-    def _give(self, seat: Seat, seats: int) -> None:
+    def _give(self, seat: Seat, seats: int, *, ahead: bool) -> None:
         for lane in self._shares.order(self.lanes):
+            # The last shards wait for whoever is free first, and not behind another one of a slow worker.
+            if ahead and lane.left <= seats:
+                continue
             if lane.open and len(lane.steps) < UNREAD * seats:
                 item = lane.take(seat.place, alone=seats == 1)
                 if item is not None:

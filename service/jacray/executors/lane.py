@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 
 from jacray_workers.plan import Shard
@@ -40,6 +40,7 @@ class Lane:
         self.flights = 0
         self.begun = self.idle = self.closing = False
         self.served = 0.0
+        self._unsent = task.plan.shard_count - (len(task.kept) if isinstance(task.kept, Sized) else 0)
         self._fresh = task.shards()
         self._ahead: Shard | None = next(self._fresh, None)
         self._landed, self._seconds = 0, 0.0
@@ -48,6 +49,11 @@ class Lane:
     def waiting(self) -> bool:
         """Whether some shard has not been handed out."""
         return bool(self.again) or self._ahead is not None
+
+    @property
+    def left(self) -> int:
+        """How many shards are to be handed out."""
+        return self._unsent + len(self.again)
 
     @property
     def open(self) -> bool:
@@ -64,6 +70,7 @@ class Lane:
         if shard is None:
             return None
         self._ahead = next(self._fresh, None)
+        self._unsent -= 1
         return Try(shard)
 
     def tell(self, step: Step | Exception) -> None:

@@ -18,6 +18,7 @@ from ray import exceptions as rx
 
 from jacray.executors.base import Into, Payload, Step, Task
 from jacray.executors.dispatch import Dispatch
+from jacray.executors.guard import Guard, agents
 from jacray.executors.lease import Lease, Line
 from jacray.executors.options import WorkerOptions
 from jacray.executors.pool import Seat, Slot, WorkerLostError
@@ -33,6 +34,7 @@ FALSE_STARTS = 3
 START_SECONDS = 600.0
 # The reply of a lost worker, or one whose machine took it along.
 _LOST = (rx.RayActorError, rx.WorkerCrashedError, rx.ObjectLostError, rx.NodeDiedError, rx.OutOfMemoryError)
+_guards: list[Guard] = []
 
 
 class RayExecutor:
@@ -327,6 +329,7 @@ def _connect(options: WorkerOptions) -> None:
         # Workers inherit the environment, so those that Ray starts ahead can be used at once.
         with environment({**worker_environment(), "RAY_USAGE_STATS_ENABLED": "0"}):
             ray.init(address="local", num_cpus=options.workers, include_dashboard=False, **quiet)
+        _guards.append(Guard(agents()))
         return
     named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
     if named not in ("", "auto", "local"):
@@ -345,6 +348,8 @@ def _connect(options: WorkerOptions) -> None:
 
 def _disconnect() -> None:
     ray.shutdown()
+    while _guards:
+        _guards.pop().let_go()
 
 
 def _hush() -> None:
