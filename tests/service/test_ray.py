@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jacray
+import psutil
 import pytest
 import torch
 from jacray.events import ShardRetried
 
+from tests.chaos.ground import ray_workers
 from tests.toys import KillsAlways, KillsOnce, WhereMemoryLies, mlp
 
 pytestmark = pytest.mark.ray
@@ -32,6 +34,11 @@ FIELDS = {
 def one_worker(local_client: jacray.Client) -> Iterator[jacray.Client]:
     with jacray.Client("local", workers=1) as client:
         yield client
+
+
+def test_workers_have_the_priority_of_whoever_started_them(local_client: jacray.Client) -> None:
+    local_client.submit(mlp(), X, method="reverse").result(timeout=120)
+    assert {worker.nice() for worker in ray_workers()} == {psutil.Process().nice()}
 
 
 def same_bits(a: jacray.Result, b: jacray.Result) -> bool:

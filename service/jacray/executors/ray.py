@@ -22,7 +22,7 @@ from jacray.executors.guard import Guard, agents
 from jacray.executors.lease import Lease, Line
 from jacray.executors.options import WorkerOptions
 from jacray.executors.pool import Seat, Slot, WorkerLostError
-from jacray.executors.surroundings import environment, knock, same_versions, worker_environment
+from jacray.executors.surroundings import environment, knock, same_versions, server_environment, worker_environment
 from jacray.executors.worker import Reply, Worker
 from jacray.transport import unpack
 
@@ -327,7 +327,7 @@ def _connect(options: WorkerOptions) -> None:
     _hush()
     if address == "local":
         # Workers inherit the environment, so those that Ray starts ahead can be used at once.
-        with environment({**worker_environment(), "RAY_USAGE_STATS_ENABLED": "0"}):
+        with environment({**worker_environment(), **server_environment()}):
             ray.init(address="local", num_cpus=options.workers, include_dashboard=False, **quiet)
         _guards.append(Guard(agents()))
         return
