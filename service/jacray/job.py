@@ -129,7 +129,9 @@ class Job:
             return self._news.wait_for(lambda: self._status.finished, timeout)
 
     def cancel(self) -> bool:
-        """End the job soon: between two chunks, or with its worker where a chunk takes longer than a second.
+        """End the job soon: between two passes, or with its worker where that has not come after a second.
+
+        In this process (`inline`) nothing ends a single call into torch: the job ends after it.
 
         Returns:
             False where the job had already ended.

@@ -16,6 +16,7 @@ import jacray
 import pytest
 import torch
 from jacray import store
+from jacray.checking import check
 from jacray.cli import main
 from jacray.mirror import reading
 from jacray.target import Target
@@ -175,3 +176,18 @@ def test_how_it_stands_and_whether_it_is_whole(client, tmp_path, capsys) -> None
     assert "jacobian, samples 12 to 15: damaged" in capsys.readouterr().out
     assert main(["status", "memory://jacray-none/run"]) == 1
     assert "path: must hold a journal" in capsys.readouterr().err
+
+
+def test_a_job_that_ends_while_it_is_looked_through(client, tmp_path, monkeypatch, target) -> None:
+    model, x, poison = poisoned(tmp_path)
+    poison.touch()
+    with pytest.raises(Exception, match="poison"):
+        client.submit(model, x, to=target, **FIELDS).result(timeout=60)
+    opened = store.open_store(target)
+    poison.unlink()
+    client.submit(model, x, to=target, **FIELDS).result(timeout=60)
+    early, honest = [opened], store.open_store
+    monkeypatch.setattr(store, "open_store", lambda where: early.pop() if early else honest(where))
+    found = check(target)
+    assert early == []
+    assert (found.seen, found.shards, found.damages) == (10, 10, [])
