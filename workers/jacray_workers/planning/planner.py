@@ -164,6 +164,7 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
         per_sample,
         case.budget,
         rows,
+        _direct(case, best, arrays),
     )
     candidates = tuple(
         dataclasses.replace(t.candidate, peak_bytes=t.line.at(chosen.chunk) if t.line else 0) for t in field
@@ -191,6 +192,16 @@ def _plan(case: Case, field: Sequence[Tried], best: Tried) -> Plan:
         row_cuts=ranges,
         notes=_notes(case),
     )
+
+
+def _direct(case: Case, best: Tried, arrays: Sequence[ArrayPlan]) -> int:
+    """Bytes per sample of the dense blocks of parameters that a method writes into the result's own memory."""
+    problem = case.problem
+    writes = best.candidate.method in ("layerwise", "backward_loop") and case.work == "jacobian"
+    own = all(leaf.side == "param" for leaf in problem.leaves) and len(problem.outs) == 1
+    if not (writes and own and problem.device.type == "cpu"):
+        return 0
+    return sizing.bytes_per_sample([a for a in arrays if a.name == "jacobian" and not a.factored], case.samples)
 
 
 def _factored(array: ArrayPlan, best: Tried) -> ArrayPlan:

@@ -19,6 +19,8 @@ CHUNK_BYTES = 1 << 28
 # samples cost calls, a few tenths of a millisecond each. Between a half of this and its double little changes, for nets
 # and for plain functions, with one thread and with two.
 CACHE_BYTES, SEVERAL = 1 << 24, 64
+# The least share of a chunk's memory that is taken to be its own, beside what it writes into the result.
+WORKING = 1 / 16
 SHARD_BYTES = 1 << 28
 # Shards per worker: enough that the last ones even out and progress shows, few enough that each is worth its dispatch.
 SHARDS_PER_WORKER = 4
@@ -55,6 +57,7 @@ def sizes(
     per_sample: int,
     budget: int,
     rows: int,
+    direct: int,
 ) -> Sizes:
     """Choose chunk and shard so that the peak stays within the budget.
 
@@ -68,6 +71,7 @@ def sizes(
         per_sample: bytes of result per sample.
         budget: bytes.
         rows: rows in flight.
+        direct: bytes per sample that a chunk writes straight into the result, and that the line counts as its own.
 
     Raises:
         BudgetError: not even one sample fits; names both figures.
@@ -82,7 +86,9 @@ def sizes(
         raise refusal(line.at(wanted) + held + shard * per_sample, budget, wanted)
     cap = samples
     if line.slope > 0:
-        most, cached = (int((room - line.base) / line.slope) for room in (CHUNK_BYTES, CACHE_BYTES))
+        # What goes to the result never stays in the cache, and is there whatever the chunk.
+        working = max(line.slope - direct, line.slope * WORKING)
+        most, cached = (int((room - line.base) / working) for room in (CHUNK_BYTES, CACHE_BYTES))
         cap = max(1, min(most, max(SEVERAL, cached)))
     chunk = min(chunk_size or even(shard, max(1, min(fits, cap, shard))), samples)
     shard = min(samples, math.ceil(shard / chunk) * chunk)
