@@ -13,9 +13,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from jacray_workers.errors import MethodError, ModelError
-from jacray_workers.kernels.common import WHOLE, basis, begun, blocks_for, gradients, per_sample, reach, singly, varied
-from jacray_workers.problem.cache import SAME_STEPS
+from jacray_workers.errors import MethodError
+from jacray_workers.kernels.common import (
+    WHOLE,
+    basis,
+    begun,
+    blocks_for,
+    gradients,
+    handed,
+    per_sample,
+    reach,
+    singly,
+    unwritten,
+    varied,
+)
 from jacray_workers.problem.problem import Problem
 from jacray_workers.sharing import math_attention
 from jacray_workers.unwanted import look
@@ -159,42 +170,21 @@ class _Holder(nn.Module):
 
 
 def _outputs(problem: Problem, values: Sequence[Tensor], batch: Sequence[Tensor]) -> Tensor:
-    """The outputs at these leaves, which a model may write into: it is handed copies where that cannot be ruled out.
-
-    A leaf that requires a gradient forbids writes, and so does a view of one, unless gradients are switched off.
-
-    Raises:
-        ModelError: the model wrote into its inputs, against all that was seen of it.
-    """
-    own = [value for leaf, value in zip(problem.leaves, values, strict=True) if per_sample(leaf)]
-    if not problem.memo.get(SAME_STEPS):
-        return _run(problem, _handed(problem, values, torch.Tensor.clone), batch)
-    before = [value._version for value in own]
-    y = _run(problem, _handed(problem, values, _view), batch)
-    if any(value._version != version for value, version in zip(own, before, strict=True)):
-        rule = "must leave its inputs as they are, or write into them at the first sample already"
-        raise ModelError("model", rule, None, "let it work on a clone of its inputs")
-    return y
+    """The outputs at these leaves."""
+    with unwritten([value for leaf, value in zip(problem.leaves, values, strict=True) if per_sample(leaf)]):
+        return _run(problem, handed(problem, values), batch)
 
 
-def _view(t: Tensor) -> Tensor:
-    return t.view_as(t)
-
-
-def _handed(problem: Problem, values: Sequence[Tensor], hand: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    return [hand(value) if per_sample(leaf) else value for leaf, value in zip(problem.leaves, values, strict=True)]
-
-
-def _run(problem: Problem, handed: Sequence[Tensor], batch: Sequence[Tensor]) -> Tensor:
+def _run(problem: Problem, given: Sequence[Tensor], batch: Sequence[Tensor]) -> Tensor:
     if all(per_sample(leaf) for leaf in problem.leaves):
-        return problem.forward(handed, batch)
+        return problem.forward(given, batch)
     # The old kind of checkpoint drops the parameters within it where no input requires a gradient.
     awake = [leaf.detach().requires_grad_() if leaf.is_floating_point() else leaf for leaf in batch]
     try:
-        return problem.forward(handed, awake)
+        return problem.forward(given, awake)
     except RuntimeError:
         # Some models turn their inputs into numpy arrays, which asks for inputs that require none.
-        return problem.forward(handed, batch)
+        return problem.forward(given, batch)
 
 
 def pull(y: Tensor, values: Sequence[Tensor], cotangent: Tensor | None, keep: bool) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from jacray_workers import pages
+from jacray_workers.errors import ModelError
+from jacray_workers.problem.cache import SAME_STEPS
 from jacray_workers.problem.problem import Leaf, Problem
 from jacray_workers.unwanted import look
 
@@ -33,6 +36,33 @@ def singly(tensors: Sequence[Tensor], axis: int = 0) -> Iterator[list[Tensor]]:
 def varied(problem: Problem, tangents: Sequence[Tensor]) -> bool:
     """Whether a parameter has tangents of its own for every sample: one expanded over B is the same for all."""
     return any(not per_sample(leaf) and v.stride(1) != 0 for leaf, v in zip(problem.leaves, tangents, strict=True))
+
+
+def handed(problem: Problem, values: Sequence[Tensor]) -> list[Tensor]:
+    """What the model is given in place of the leaves' values `values`, which require gradients and forbid writes.
+
+    Copies of those that differ between samples, for it may write into its inputs; views where that was ruled out.
+    """
+    hand = _view if problem.memo.get(SAME_STEPS) else Tensor.clone
+    return [hand(value) if per_sample(leaf) else value for leaf, value in zip(problem.leaves, values, strict=True)]
+
+
+def _view(t: Tensor) -> Tensor:
+    return t.view_as(t)
+
+
+@contextlib.contextmanager
+def unwritten(values: Sequence[Tensor]) -> Iterator[None]:
+    """A pass of the model in which these must stay as they are; torch lets a model write where gradients are off.
+
+    Raises:
+        ModelError: the model wrote into its inputs, against all that was seen of it.
+    """
+    before = [value._version for value in values]
+    yield
+    if any(value._version != version for value, version in zip(values, before, strict=True)):
+        rule = "must leave its inputs as they are, or write into them at the first sample already"
+        raise ModelError("model", rule, None, "let it work on a clone of its inputs")
 
 
 def leaf_dims(problem: Problem) -> tuple[int | None, ...]:

@@ -116,6 +116,15 @@ def elementwise(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = F
     return (_product(g, slope, over=over),)
 
 
+def power(node: Any, g: Tensor, needs: tuple[bool, ...], *, over: bool = False) -> Found:
+    """`self ** exponent`; a square under a sum, whose cotangents repeat one number, needs one product and no slope."""
+    x = node._saved_self
+    once = g[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in g.stride())]
+    if node._saved_exponent != 2 or not x.is_floating_point() or once.numel() * 2 > x.numel():
+        return elementwise(node, g, needs, over=over)
+    return (_product((once * 2).expand_as(g), x, over=False),)
+
+
 def _product(g: Tensor, other: Any, *, over: bool) -> Tensor:
     """`g * other`, where possible in memory that is there already."""
     if torch.result_type(g, other) != g.dtype:
@@ -201,7 +210,7 @@ _SMOOTH = (
 
 RULES: dict[str, Rule] = {
     **{f"{name}Backward0": elementwise for name in _SMOOTH},
-    "PowBackward0": elementwise,
+    "PowBackward0": power,
     "ReluBackward0": relu,
     "AddmmBackward0": addmm,
     "MmBackward0": mm,

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from jacray_workers.errors import MethodError
+from jacray_workers.kernels.common import handed
 from jacray_workers.problem.problem import Problem, own_tensor
 from jacray_workers.sharing import in_forward_mode
 from jacray_workers.taps.sites import Path, Site, defeat
@@ -115,7 +116,6 @@ def enter(problem: Problem, batch: Sequence[Tensor], shift: torch.Generator | No
         batch: the placed input leaves.
         shift: moves parameters a little off their values, so that none is constant: for the probe.
     """
-    values: list[Tensor] = []
     leaves: list[Tensor] = []
     known: dict[int, Tensor] = {}
     hidden = any(leaf.side == "module" for leaf in problem.leaves)
@@ -124,12 +124,16 @@ def enter(problem: Problem, batch: Sequence[Tensor], shift: torch.Generator | No
         start = value if shift is None or leaf.side != "param" else shifted(value, shift)
         tensor = start.detach().requires_grad_()
         leaves.append(tensor)
-        # A leaf that requires a gradient cannot be written to, its clone can.
-        values.append(tensor if leaf.side == "param" else tensor.clone())
         if leaf.side == "param":
             known[id(tensor)] = tensor
             known[id(own_tensor(problem.module, leaf.name))] = tensor
-    return Entry(values, [t.clone() for t in batch], leaves, known)
+    # Taps keep what they are given, and so may factors: then it must not be the caller's memory.
+    tapped = any(leaf.side == "param" for leaf in problem.leaves)
+    pairs = zip(problem.leaves, leaves, strict=True)
+    values = [t if leaf.side == "param" else t.clone() for leaf, t in pairs] if tapped else handed(problem, leaves)
+    # An input that is a leaf is replaced by its value: no second copy of it is made.
+    taken = {leaf.index: value for leaf, value in zip(problem.leaves, values, strict=True) if leaf.side == "input"}
+    return Entry(values, [taken[i] if i in taken else t.clone() for i, t in enumerate(batch)], leaves, known)
 
 
 def shifted(t: Tensor, random: torch.Generator) -> Tensor:

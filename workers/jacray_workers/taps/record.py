@@ -19,7 +19,7 @@ from jacray_workers.blocks.block import write_terms
 from jacray_workers.blocks.join import join
 from jacray_workers.blocks.terms import Dense, Outer, Term, View
 from jacray_workers.errors import JacrayError
-from jacray_workers.kernels.common import basis
+from jacray_workers.kernels.common import basis, unwritten
 from jacray_workers.kernels.pullback import Point, Trust, nodes_from, pull
 from jacray_workers.kernels.sweep import ordered
 from jacray_workers.planning.memory import out_of_memory
@@ -114,7 +114,7 @@ def _record_data(problem: Problem, batch: Sequence[Tensor]) -> Tape:
     known = trust(problem, batch)
     entry = enter(problem, batch)
     watch = None if known.get(PLAIN) else Watch({})
-    with _Explained(), watch or contextlib.nullcontext():
+    with _Explained(), unwritten(entry.leaves), watch or contextlib.nullcontext():
         y = problem.forward(entry.values, entry.batch)
     if watch is not None:
         known[PLAIN] = "" if watch.rewrote else "plain"
