@@ -43,6 +43,8 @@ _aten = torch.ops.aten
 LARGE = 1 << 13
 # Columns below which a matrix product is several times slower than with its matrix laid out the other way.
 NARROW = 16
+# Numbers in a stack of matrices, repeated for each cotangent, up to which all are multiplied in one call.
+STACKED = 1 << 18
 
 
 def _times(g: Tensor, matrix: Tensor) -> Tensor:
@@ -88,6 +90,11 @@ def bmm(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
 
 def _stacked(g: Tensor, by: Tensor, *, left: bool) -> Tensor:
     """Each cotangent times the same stack of matrices: `(n, N, a, c)` and `(N, ...)`."""
+    if g.shape[0] * by.numel() <= STACKED:
+        # Small ones in one call: the stack once for each cotangent costs less than the calls.
+        every = by.expand(g.shape[0], *by.shape).flatten(0, 1)
+        flat = g.flatten(0, 1)
+        return (torch.bmm(every, flat) if left else torch.bmm(flat, every)).unflatten(0, g.shape[:2])
     size = (g.shape[1], by.shape[1], g.shape[3]) if left else (g.shape[1], g.shape[2], by.shape[2])
     out = pages.like(g, (g.shape[0], *size))
     for part, made in zip(g, out, strict=True):
