@@ -94,7 +94,8 @@ def _stacked(g: Tensor, by: Tensor, *, left: bool) -> Tensor:
         # Small ones in one call: the stack once for each cotangent costs less than the calls.
         every = by.expand(g.shape[0], *by.shape).flatten(0, 1)
         flat = g.flatten(0, 1)
-        return (torch.bmm(every, flat) if left else torch.bmm(flat, every)).unflatten(0, g.shape[:2])
+        made: Tensor = (torch.bmm(every, flat) if left else torch.bmm(flat, every)).unflatten(0, g.shape[:2])
+        return made
     size = (g.shape[1], by.shape[1], g.shape[3]) if left else (g.shape[1], g.shape[2], by.shape[2])
     out = pages.like(g, (g.shape[0], *size))
     for part, made in zip(g, out, strict=True):
