@@ -202,7 +202,10 @@ class Short:
         async def send(scope: Any, _receive: Any, send: Any) -> None:
             await connection.send_answer(answer, scope, send, connection.limits.idle_seconds)
 
-        connection._start_asgi_task(cycle, send)
+        task = connection.loop.create_task(cycle.run_asgi(send))
+        # As the web server keeps its own: it waits for them before it ends.
+        connection.tasks.add(task)
+        task.add_done_callback(connection.tasks.discard)
 
 
 class _Nobody:
