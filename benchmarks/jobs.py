@@ -1,6 +1,6 @@
 """What dispatch costs: a shard in the coordinator, a job on Ray beside the same kernels here, two workers beside one.
 
-    python -m benchmarks.jobs [shards] [plan] [ray] [--samples 40000] [--rounds 3]
+    python -m benchmarks.jobs [shards] [plan] [ray] [--samples 80000] [--rounds 2]
 
 Each ratio has both sides in this one run, alternating, and the best of a few rounds. Beside the two workers stand two
 processes that share nothing: what the machine gives to two of anything.
@@ -201,8 +201,8 @@ def main() -> None:
     """All of it, or what is named: shards, plan, ray; `ray` goes in so many rounds of so many samples."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.jobs", description=__doc__)
     parser.add_argument("named", nargs="*", choices=["shards", "plan", "ray", []], metavar="shards | plan | ray")
-    parser.add_argument("--samples", type=int, default=40_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=80_000)
+    parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     named = given.named or ["shards", "plan", "ray"]
     if "shards" in named:

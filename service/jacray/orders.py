@@ -26,7 +26,7 @@ DEAF_SECONDS = 1.0
 SHARD_SECONDS = 20.0
 # Workers are not equally fast, so the last shards decide how long some of them stand idle: shards this short, where
 # that makes no more of them than so many per worker.
-EVEN_SECONDS, EVEN_SHARDS = 0.25, 16
+EVEN_SECONDS, EVEN_SHARDS = 0.25, 64
 # Every shard carries its own part of each sum: where that is larger, fewer shards are better.
 PART_SIZE = 1 << 17
 # Methods whose passes over some output rows (tangent columns for `forward`) can be made shorter at no cost.
