@@ -102,10 +102,11 @@ NETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("portion", [1 << 24, 1 << 12])
+@pytest.mark.parametrize(("portion", "pairs"), [(1 << 24, 1 << 20), (1 << 12, 1 << 20), (1 << 24, 0)])
 @pytest.mark.parametrize("name", NETS)
-def test_the_short_way_is_right(name, portion, monkeypatch):
+def test_the_short_way_is_right(name, portion, pairs, monkeypatch):
     monkeypatch.setattr(convs, "PORTION", portion)
+    monkeypatch.setattr(sweep_convs, "PAIRS", pairs)
     model, shape = NETS[name]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     before = x.clone()

@@ -148,9 +148,10 @@ NARROW = {
 
 
 @pytest.mark.parametrize("name", NARROW)
-@pytest.mark.parametrize("cached", [1 << 23, 1])
-def test_narrow_convolutions(name, cached, monkeypatch):
-    monkeypatch.setattr(sweep_convs, "CACHED", cached)
+@pytest.mark.parametrize("bound", [{}, {"CACHED": 1}, {"KEPT": 0}, {"PAIRS": 0}], ids=str)
+def test_narrow_convolutions(name, bound, monkeypatch):
+    for constant, value in bound.items():
+        monkeypatch.setattr(sweep_convs, constant, value)
     shape, kernel, settings = NARROW[name]
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(kernel)
     y = getattr(F, f"conv{len(shape) - 2}d")(x, weight, **settings)

@@ -29,6 +29,10 @@ FEW_CHANNELS = 4
 SOME_CHANNELS, FEW_PLACES = 32, 3
 # Bytes of products between the two steps: they should not leave the cache.
 CACHED = 1 << 23
+# Rows of a table of products up to which it is kept which of them are summed up: at most 4 bytes for each.
+KEPT = 1 << 19
+# Pairs of an output place and a tap that are sorted, each a few times 8 bytes, by the inputs that they see.
+PAIRS = 1 << 20
 
 
 def convolution(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
@@ -41,8 +45,11 @@ def convolution(node: Any, g: Tensor, needs: tuple[bool, ...]) -> Found:
         return None
     settings = (node._saved_stride, node._saved_padding, node._saved_dilation)
     cpu = weight.device.type == "cpu"
-    if cpu and node._saved_groups == 1 and not node._saved_transposed and narrow(weight, settings[0]):
-        return back(_gathered(rows, weight, tuple(x.shape[2:]), *settings)), None, None
+    if cpu and node._saved_groups == 1 and not node._saved_transposed:
+        if gathers(weight, settings[0], rows[0, 0].numel()):
+            return back(_gathered(rows, weight, tuple(x.shape[2:]), *settings)), None, None
+        if weight.dim() == 4 and weight.shape[1] <= FEW_CHANNELS:
+            return back(_folded(rows, weight, tuple(x.shape[2:]), *settings)), None, None
     if cpu and weight.dim() == 4:
         shape = (rows.shape[0], *x.shape[1:])
         more = (node._saved_transposed, node._saved_output_padding, node._saved_groups)
@@ -78,12 +85,13 @@ def _channels_last(t: Tensor) -> Tensor:
     return t if last.is_contiguous() else pages.like(t, last.shape).copy_(last).movedim(-1, 1)
 
 
-def narrow(weight: Tensor, stride: Sequence[int]) -> bool:
-    """Whether a product and a sum are faster than the library, by the kernel `(O, C, *kernel)`."""
-    if weight.dtype != torch.float32:
-        return weight.dim() == 4 and weight.shape[1] <= FEW_CHANNELS
-    places = weight[0, 0].numel() / math.prod(_each(stride, weight.dim() - 2))
-    return weight.shape[1] <= (SOME_CHANNELS if places <= FEW_PLACES else FEW_CHANNELS)
+def gathers(weight: Tensor, stride: Sequence[int], places: int) -> bool:
+    """Whether a product and a sum are faster than the library, by the kernel `(O, C, *kernel)` and output places."""
+    taps = weight[0, 0].numel()
+    if weight.dtype != torch.float32 or places * taps > PAIRS:
+        return False
+    few = taps <= FEW_PLACES * math.prod(_each(stride, weight.dim() - 2))
+    return weight.shape[1] <= (SOME_CHANNELS if few else FEW_CHANNELS)
 
 
 def _each(numbers: Sequence[int], axes: int) -> tuple[int, ...]:
@@ -91,11 +99,14 @@ def _each(numbers: Sequence[int], axes: int) -> tuple[int, ...]:
     return tuple(numbers) if len(numbers) == axes else tuple(numbers) * axes
 
 
+def _folded(rows: Tensor, weight: Tensor, space: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """The same in any precision over two axes, by torch's own sum."""
+    columns = torch.matmul(weight.flatten(1).mT, rows.flatten(2))
+    return F.fold(columns, space, tuple(weight.shape[2:]), dilation, padding, stride)
+
+
 def _gathered(rows: Tensor, weight: Tensor, space: tuple[int, ...], stride: Any, padding: Any, dilation: Any) -> Tensor:
     """`(N, O, *out)` to `(N, C, *space)`, some images at a time."""
-    if rows.dtype != torch.float32:
-        columns = torch.matmul(weight.flatten(1).mT, rows.flatten(2))
-        return F.fold(columns, space, tuple(weight.shape[2:]), dilation, padding, stride)
     axes, (out, channels), images = len(space), weight.shape[:2], rows.shape[0]
     settings = (_each(numbers, axes) for numbers in (stride, padding, dilation))
     table = rows[0, 0].numel() * weight[0].numel() * rows.itemsize
@@ -113,15 +124,23 @@ def gather(
     stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
 ) -> Tensor:  # fmt: skip
     """`(images * places * rows, O)` to `(images * inputs * rows, C)`, each lying in this order."""
-    kernel = tuple(weight.shape[2:])
-    order, starts = _seen(space, out, kernel, stride, padding, dilation, rows)
     matrix = weight.movedim(1, -1).reshape(weight.shape[0], -1).mT.contiguous().mT
     table = matmul.mm(cots, matrix).view(-1, weight.shape[1])
-    image = torch.arange(images, dtype=torch.int32).unsqueeze(1)
-    pairs = (image * (math.prod(out) * rows * math.prod(kernel)) + order).flatten()
-    inputs = (image * len(order) + starts).flatten()
-    found: Tensor = torch.embedding_bag(table, pairs, inputs, False, 0, False)[0]
+    settings = (space, out, tuple(weight.shape[2:]), stride, padding, dilation, rows)
+    small = table.shape[0] <= KEPT
+    triples, inputs = _of_images(images, *settings) if small else _of_images.__wrapped__(images, *settings)
+    found: Tensor = torch.embedding_bag(table, triples, inputs, False, 0, False)[0]
     return found
+
+
+@functools.lru_cache(maxsize=8)
+def _of_images(images: int, *settings: Any) -> tuple[Tensor, Tensor]:
+    """What `_seen` returns, for some images one after the other."""
+    order, starts = _seen(*settings)
+    _, out, kernel, *_, rows = settings
+    image = torch.arange(images, dtype=torch.int32).unsqueeze(1)
+    triples = (image * (math.prod(out) * rows * math.prod(kernel)) + order).flatten()
+    return triples, (image * len(order) + starts).flatten()
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from jacray_workers import pages
 from jacray_workers.blocks.block import write_terms
 from jacray_workers.kernels import matmul
-from jacray_workers.kernels.sweep_convs import gather, library, narrow
+from jacray_workers.kernels.sweep_convs import gather, gathers, library
 from jacray_workers.straight import factors, running
 from jacray_workers.straight.reading import Bent, Line, conv_tensors, curve_of, head_of, parts_of
 
@@ -151,7 +151,7 @@ def _largest(stack: Stack, x: Tensor) -> int:
     for at, layer in enumerate(stack.layers):
         space = layer.space(space)
         out, into, *kernel = layer.weight.shape
-        table = into * math.prod(kernel) if at and narrow(layer.weight, layer.stride) else 0
+        table = into * math.prod(kernel) if at and gathers(layer.weight, layer.stride, math.prod(space) * rows) else 0
         most = max(most, math.prod(space) * max(table, out))
     return most * rows * x.itemsize
 
@@ -217,7 +217,7 @@ def _back(layer: Layer, g: Tensor, space: tuple[int, ...], out: tuple[int, ...])
     samples, _, rows, channels = g.shape
     settings = (layer.stride, layer.padding, layer.dilation)
     weight = layer.weight.detach()
-    if narrow(weight, layer.stride):
+    if gathers(weight, layer.stride, math.prod(out) * rows):
         return gather(g.view(-1, channels), weight, samples, rows, space, out, *settings).view(
             samples, -1, rows, weight.shape[1]
         )
