@@ -318,6 +318,25 @@ def test_factors_outlive_changes_of_what_they_were_made_from():
         close(found[name].dense(), block)
 
 
+@pytest.mark.parametrize("fields", [{}, {"wrt": "params"}, {"wrt": "params", "returns": ["ntk"]}], ids=str)
+def test_weights_and_inputs_that_lie_otherwise_in_memory(fields):
+    model, x = deep(), torch.randn(5, 6, dtype=torch.float64).T
+    method = "layerwise" if fields else "chain"
+    jacray.compute(model, x, method=method, **fields)
+    for part in (model[1], model[4], model[6]):
+        part.weight = nn.Parameter(torch.randn(part.weight.shape[::-1], dtype=torch.float64).T)
+    assert taken(model, x, method=method, **fields) is not None
+    found = dict(jacray.compute(model, x, method=method, **fields))
+    expected = dict(jacray.compute(model, x, method="reverse", **fields))
+    for name, value in found.items():
+        for mine, theirs in zip(
+            torch.utils._pytree.tree_leaves(value), torch.utils._pytree.tree_leaves(expected[name]), strict=True
+        ):
+            close(
+                mine.dense() if hasattr(mine, "dense") else mine, theirs.dense() if hasattr(theirs, "dense") else theirs
+            )
+
+
 def _tied(model):
     model.b = nn.Linear(9, 9).double()
     model.between = lambda m, x: m.b(torch.tanh(m.b(torch.tanh(m.a(x)))))

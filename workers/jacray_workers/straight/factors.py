@@ -61,7 +61,7 @@ def _back(weight: Tensor, carried: Tensor | None, samples: int) -> Tensor:
     weight = weight.detach()
     if carried is None:
         return weight
-    return mm(carried.view(-1, weight.shape[0]), weight).view(samples, -1, weight.shape[1])
+    return mm(carried.reshape(-1, weight.shape[0]), weight).view(samples, -1, weight.shape[1])
 
 
 def blocks(line: Line, found: list[Factors], factored: dict[str, bool]) -> dict[str, Tensor]:

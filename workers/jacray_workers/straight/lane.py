@@ -88,7 +88,7 @@ def recall(model: Any, x: Any, fields: Mapping[str, Any]) -> Answer | None:
         return None
     known = _known.get(model)
     kind = None if not known else _asked(fields)
-    if not known or kind is None or _surrounded() or x.is_inference():
+    if not known or kind is None or _surrounded() or not x.is_cpu or x.is_inference():
         return None
     net = _net(model, x, kind)
     kept = None if net is None else known.get(_key(kind, net.line, x, fields))
