@@ -59,11 +59,13 @@ def _functions() -> dict[Any, Settings]:
         F.softsign: Settings(CURVES[nn.Softsign]),
         F.tanhshrink: Settings(CURVES[nn.Tanhshrink]),
     }
-    found |= dict.fromkeys((torch.relu, Tensor.relu), relu)
-    found |= dict.fromkeys((torch.tanh, Tensor.tanh, F.tanh), tanh)
-    found |= dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), sigmoid)
-    found |= dict.fromkeys((torch.relu_, Tensor.relu_), relu._replace(inplace=True))
-    return found
+    several: list[tuple[tuple[Any, ...], Settings]] = [
+        ((torch.relu, Tensor.relu), relu),
+        ((torch.tanh, Tensor.tanh, F.tanh), tanh),
+        ((torch.sigmoid, Tensor.sigmoid, F.sigmoid), sigmoid),
+        ((torch.relu_, Tensor.relu_), relu._replace(inplace=True)),
+    ]
+    return found | {function: known for functions, known in several for function in functions}
 
 
 _FUNCTIONS = _functions()
