@@ -165,7 +165,13 @@ def _through_numpy(m, x):
     return m.b(torch.tanh(h))
 
 
+def _halved(m, x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t / 2):
+        return m.b(torch.tanh(m.a(x)))
+
+
 SILENT = {
+    "hooks on saved tensors": _halved,
     "a backward of its own": lambda m, x: m.b(Backwards.apply(m.a(x))),
     "no gradients inside": lambda m, x: m.b(_without(m, x)),
     "a hook on a tensor": lambda m, x: m.b(torch.tanh(graded(m.a(x)))),

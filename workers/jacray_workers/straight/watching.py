@@ -23,6 +23,7 @@ from jacray_workers.straight.running import Diagonal, Passage
 
 Kwargs = Mapping[str, Any]
 _NUMBERS = (bool, int, float, str)
+_saved_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class Settings(NamedTuple):
@@ -130,7 +131,8 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **kwargs) if kwargs else func(*args)
         if self.straight:
-            self.straight = self._takes(func, args, kwargs or {}, out)
+            # What hooks make of the tensors that a backward pass needs, as a checkpoint's do, nobody can tell.
+            self.straight = _saved_hooks(False) is None and self._takes(func, args, kwargs or {}, out)
         return out
 
     def found(self, y: Any) -> Watched | None:
