@@ -103,7 +103,8 @@ def peak() -> float:
 
 def planning(samples: int) -> None:
     model, x = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)), torch.zeros(samples, 4)
-    jacray.plan(model, x[:10])
+    # Once before: the first derivative of torch.func in a process loads torch's compiler, a second of its own.
+    jacray.plan(model, x[:10], method="reverse")
     began = time.perf_counter()
     plan = jacray.plan(model, x, memory_budget="8GiB", method="reverse")
     print(f"planning {samples:,} samples: {time.perf_counter() - began:.3f} s, {plan.shard_count:,} shards")
