@@ -12,10 +12,12 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from jacray_workers.errors import FaultError, JobError
 
+from jacray.http.calls import taken_over
 from jacray.http.pool import Process, ProcessLostError
 from jacray.http.problems import HttpError, problem
 
@@ -337,8 +339,10 @@ class Small:
         answers = found["answers"] if "times" not in found["answers"][0] else found["answers"] * len(batch)
         for ask, answer in zip(batch, answers, strict=True):
             count = 0 if "file" in answer else answer.get("size", 0)
+            # At once: whoever asked may be gone, now or before the answer is sent, and nothing may be left then.
+            mine = {**answer, "file": taken_over(Path(answer["file"]))} if "file" in answer else answer
             if not ask.answer.done():
-                ask.answer.set_result((answer, view[at : at + count]))
+                ask.answer.set_result((mine, view[at : at + count]))
             at += count
         return True
 

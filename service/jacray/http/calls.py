@@ -238,18 +238,22 @@ def _settle(stream: BinaryIO, durable: bool) -> None:
         os.fsync(stream.fileno())
 
 
-async def file_pieces(path: Path, size: int, *, forget: bool, most: int = 1 << 22) -> AsyncIterator[bytes]:
-    """A file in pieces, read in a thread.
+def taken_over(path: Path) -> BinaryIO:
+    """A file that somebody wrote for us, opened. Its name is gone: nothing is left of it once it is closed."""
+    stream = path.open("rb")
+    path.unlink(missing_ok=True)
+    return stream
+
+
+async def file_pieces(stream: BinaryIO, size: int, most: int = 1 << 22) -> AsyncIterator[bytes]:
+    """A file in pieces, read in a thread; it is closed behind the last.
 
     Args:
-        path: the file.
+        stream: the file, open.
         size: how many of its bytes.
-        forget: remove its name at once, so that nothing is left whatever becomes of the connection.
         most: bytes of a piece.
     """
-    with await asyncio.to_thread(path.open, "rb") as stream:
-        if forget:
-            await asyncio.to_thread(path.unlink, missing_ok=True)
+    with stream:
         left = size
         while left > 0:
             piece = await asyncio.to_thread(stream.read, min(left, most))

@@ -96,6 +96,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request has come whole."""
         if self._held is not None and self.lane is not None:
+            self.scope["method"] = self.parser.get_method().decode("ascii")
             short = Short(self, self.scope, keep_alive=self.parser.should_keep_alive())
             before, self.cycle = self.cycle, cast(Any, short)
             body = b"".join(self._held)

@@ -8,7 +8,6 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from jacray_workers.errors import InputError, UserError
@@ -129,7 +128,7 @@ class Service:
             return failed(answer["problem"], answer.get("headers"))
         size, media = answer["size"], "application/json" if accept == "json" else wire.MEDIA
         if "file" in answer:
-            return Answer(200, file_pieces(Path(answer["file"]), size, forget=True), media, size=size)
+            return Answer(200, file_pieces(answer["file"], size), media, size=size)
         return Answer(200, data, media)
 
     def begin(self, user: str, accept: str, body: bytes, answer: Waiting) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jacray.http import wire
 from jacray_workers.models import as_model
 from safetensors.torch import save_file
 
-from tests.serving import Server
+from tests.serving import ALICE, Server
 
 NET: dict[str, Any] = {
     "kind": "layers",
@@ -194,3 +195,38 @@ def test_unaligned_tensors_and_bools_that_are_neither_are_read_safely(server: Se
         "POST", "/v1/compute", body, headers={"Content-Type": wire.MEDIA, "Accept": "application/json"}
     )
     assert (status, found["results"]["jacobian"]) == (200, [[3.0]])
+
+
+WIDE = {"kind": "layers", "layers": [{"kind": "Linear", "in_features": 200, "out_features": 100}], "seed": 1}
+
+
+@pytest.mark.parametrize("samples", [20, 200])
+def test_a_large_answer_to_a_small_and_to_a_large_request_arrives_whole(server: Server, samples: int) -> None:
+    x = torch.randn(samples, 200)
+    here = jacray.jacobian(as_model(WIDE), x, method="reverse")
+    with server.client() as client:
+        for _ in range(2):
+            _same(client.compute(WIDE, x, method="reverse").jacobian, here)
+    assert _left(server) == []
+
+
+def test_a_large_answer_that_nobody_waits_for_leaves_nothing(server: Server) -> None:
+    about = {"model": WIDE, "inputs": {"tensors": {"key": "inputs.0"}}, "request": {"method": "reverse"}}
+    body = message(about, ("inputs.0", "F32", [20, 200], bytes(16_000)))
+    head = f"POST /v1/compute HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {ALICE}\r\n"
+    for seconds in (0, 0, 0.02, 0.1, 0.5):
+        with server.socket() as connection:
+            kind = f"Content-Type: {wire.MEDIA}\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(f"{head}{kind}".encode() + body)
+            time.sleep(seconds)
+    with server.client() as client:
+        client.compute(WIDE, torch.randn(20, 200), method="reverse")
+    assert _left(server) == []
+
+
+def _left(server: Server) -> list[str]:
+    """Files that the service still keeps for an answer, after it had time to send all of them."""
+    until = time.monotonic() + 10
+    while (found := [path.name for path in server.spool.glob("answer-*")]) and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
